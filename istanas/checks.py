@@ -40,7 +40,12 @@ def check_dataset_arguments(
         istanas.errors.ConfigError: data.image_size: 96 is too large for digits, which is kept in memory; use at most 64
     """
     if entry.needs_root and root is None:
-        what, example = ("the picture folder", "DIR") if entry.survey else (f"the data of {name}", "PATH")
+        if entry.reads_buckets:
+            what, example = "the folder or bucket of the shards", "PATH"
+        elif entry.survey is not None:
+            what, example = "the picture folder", "DIR"
+        else:
+            what, example = f"the data of {name}", "PATH"
         raise ConfigError("missing", field="data.root", remedy=f"name {what} with --set data.root={example}")
     if not 0 <= test_fraction < 1:
         raise ConfigError(

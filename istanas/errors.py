@@ -54,6 +54,10 @@ class DataError(IstanasError):
     """A data set that is missing, broken, or different from what the configuration says."""
 
 
+class MissingDataError(DataError):
+    """A data set that is not there, or that cannot be reached, rather than one that has changed."""
+
+
 class GenotypeError(IstanasError):
     """An invalid genotype: an unknown operation, a state out of range, an unknown version. The exit code is 2."""
 

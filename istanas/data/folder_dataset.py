@@ -113,7 +113,7 @@ def _cached_pictures(
 ) -> NDArray[np.uint8]:
     """Return the decoded pictures (N, C, H, W), from the cache if it matches their current state."""
     state = f"{_CACHE_VERSION} {request.image_size} {settings.cache_key()} {listing.state}"
-    file = cache_file(request.cache_dir, listing.root, "pictures", request.image_size)
+    file = cache_file(request.cache_dir, listing.place, "pictures", request.image_size)
     images = read_cache(file, state)
     if images is None:
         # The client of a bucket cannot be used in a forked process.

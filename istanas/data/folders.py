@@ -150,6 +150,11 @@ class Listing:
         counts = torch.bincount(self.labels[self.n_train :], minlength=len(self.class_names)).tolist()
         return tuple(name for name, n in zip(self.class_names, counts, strict=True) if n == 0)
 
+    @property
+    def place(self) -> str:
+        """Return the real path of the folder, by which caches are named."""
+        return os.path.realpath(self.root)
+
     @cached_property
     def files(self) -> Sequence[str]:
         """Return the full paths; computed once, as there may be millions."""
@@ -254,7 +259,7 @@ class Survey:
                 "transparency",
                 f"composited over data.background #{red:02x}{green:02x}{blue:02x}",
             ),
-            (Flag.DEEP, "more than 8 bits per pixel", kept),
+            (Flag.DEEP, "more than 8 bits per channel", kept),
             (Flag.SEVERAL_FRAMES, "several frames", "only the first is read"),
         ):
             yield from self._note_on(_has(self.facts, flag), what, text)
@@ -348,7 +353,7 @@ def survey_folder(
     """
     listing = list_folder(root, allow_left_out=allow_left_out, test_fraction=test_fraction)
     state = f"{_FACTS_VERSION} {listing.state}"
-    file = cache_file(cache_dir, root, "facts")
+    file = cache_file(cache_dir, listing.place, "facts")
     cached = read_cache(file, state)
     if cached is not None and cached.shape == (len(listing.paths), FACTS.itemsize):
         return Survey(listing, cached.reshape(-1).view(FACTS))
@@ -358,9 +363,16 @@ def survey_folder(
     return Survey(listing, facts)
 
 
-def cache_file(cache_dir: Path, root: Path, kind: str, *settings: object) -> Path:
-    """Return the cache file for one kind of data of a folder under the given settings."""
-    key = sha256(json.dumps([os.path.realpath(root), *settings]).encode())
+def cache_file(cache_dir: Path, place: str, kind: str, *settings: object) -> Path:
+    """Return the cache file for one kind of data under the given settings.
+
+    Args:
+        cache_dir: The folder of the cache.
+        place: Where the pictures lie, see `Listing.place`.
+        kind: The suffix of the file.
+        settings: The settings.
+    """
+    key = sha256(json.dumps([place, *settings]).encode())
     return cache_dir / f"folder-{key[:16]}.{kind}"
 
 
@@ -376,7 +388,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
     Raises:
         DataError: If the root is not a picture folder, or too many files would be left out.
     """
-    _check_text(root, str(root))
+    check_text(root, str(root))
     if not root.is_dir():
         raise DataError(
             f"no such folder: {shown(root)}",
@@ -669,13 +681,19 @@ def _code_points(first: str, second: str) -> str:
     )
 
 
-def _check_text(path: Path, name: str) -> None:
-    """Raise an error if a name is not UTF-8, because it could not be written into the files of a run."""
+def check_text(path: Path, name: str, what: str = "folder") -> None:
+    """Raise an error if a name is not UTF-8, because it could not be written into files.
+
+    Args:
+        path: The folder or file.
+        name: Its name.
+        what: What it is.
+    """
     try:
         name.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"the name of {shown(path)} is not UTF-8", field="data.root", remedy="rename the folder"
+            f"the name of {shown(path)} is not UTF-8", field="data.root", remedy=f"rename the {what}"
         ) from None
 
 
@@ -695,7 +713,7 @@ def _directories(folder: Path, root: Path) -> tuple[str, ...]:
     found = [entry for entry in _entries(folder) if entry.is_dir()]
     for entry in found:
         _refuse_link_out(entry, root)
-        _check_text(Path(entry.path), entry.name)
+        check_text(Path(entry.path), entry.name)
     return tuple(entry.name for entry in found)
 
 

@@ -73,6 +73,13 @@ class FilePictures:
         """
         return self.paths[index] if self.members is None else self.members[index]
 
+    def sources(self, indices: torch.Tensor) -> Sequence[str | bytes]:
+        """Return paths or contents of pictures, see `source`. Contents in a bucket are requested at the same time."""
+        if self.members is not None and self.members.is_remote:
+            ((_, contents),) = self.members.batches([indices])
+            return contents
+        return [self.source(index) for index in indices.tolist()]
+
     def short_names(self, indices: Sequence[int]) -> list[str]:
         """Return class and file of pictures, such as "cat/1.jpg"."""
         if isinstance(self.paths, MemberNames):

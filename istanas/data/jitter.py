@@ -164,7 +164,7 @@ def _tables() -> _Tables:
     """Compute the tables with the operations and precisions of Pillow's `Convert.c` (rgb2hsv and hsv2rgb)."""
     value = np.arange(256, dtype=np.float32)
     exact = value.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):  # at places that no pixel has
+    with np.errstate(divide="ignore", invalid="ignore"):  # for pairs (V, C) that cannot occur
         share = (value[:, None] / value).astype(
             np.float64
         )  # (V - M) / C; it is 0 for V and 1 for the smallest channel

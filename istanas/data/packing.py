@@ -8,6 +8,7 @@ random with regard to the classes, as programs that read shards from the start t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from istanas.data.cache import reason, sha256
-from istanas.data.folders import FACTS, Survey, survey_folder
+from istanas.data.folders import FACTS, Survey, check_text, survey_folder
 from istanas.data.pool import Pool, Progress
 from istanas.data.reading import (
     DEFAULT_DECODING,
@@ -38,13 +39,22 @@ from istanas.data.reading import (
     unreadable,
 )
 from istanas.data.shard_files import SAMPLE, SPLITS, FolderShards, Shard, excerpt_of
-from istanas.data.shard_index import INDEX_FILE, read_index, read_table, rows_table, write_index, write_table
+from istanas.data.shard_index import (
+    INDEX_FILE,
+    read_index,
+    read_table,
+    rows_table,
+    shard_of,
+    write_index,
+    write_table,
+)
 from istanas.errors import ConfigError, DataError
 
 PARTS = ".parts"
 """Folder of the rows of the shards that are complete, until the index is written."""
 
 _VERSION = 1
+_LOCK_SECONDS = 2  # the processes of a command that was killed hold its lock until they notice it
 _PLANNED = 64  # pictures whose size after resizing is measured to plan the shards
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 _OVERHEAD = 5 * _BLOCK  # headers of three members, and the contents of .cls and .json
@@ -97,7 +107,6 @@ class _Task:
     name: str
     root: str
     out: str
-    plan: str
     settings: PackSettings
     paths: tuple[str, ...]
     labels: tuple[int, ...]
@@ -113,6 +122,7 @@ def pack_folder(
     *,
     cache_dir: Path,
     allow_left_out: bool = False,
+    test_fraction: float = 0.0,
     processes: int | None = None,
     progress: Progress | None = None,
     checking: Progress | None = None,
@@ -120,11 +130,11 @@ def pack_folder(
     """Pack a picture folder into shards, or continue packing.
 
     Args:
-        root: The folder, `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`).
+        root: The folder, `train/CLASS/*` and `test/CLASS/*` (or `val/CLASS/*`); with `test_fraction`, `CLASS/*`.
         out: The folder of the shards, `train/shard-000000.tar` and so on, and of their index.
         settings: How they are packed.
         cache_dir: Folder in which the facts about the pictures are cached.
-        allow_left_out: See `istanas.data.load_dataset`.
+        allow_left_out, test_fraction: See `istanas.data.load_dataset`.
         processes: Number of processes; by default one per usable core.
         progress: Called with (pictures packed, pictures in total).
         checking: Called with (headers read, pictures in total).
@@ -144,13 +154,16 @@ def pack_folder(
         cache_dir=cache_dir,
         allow_left_out=allow_left_out,
         progress=checking,
+        test_fraction=test_fraction,
         pool=Pool(processes=processes),
     )
+    for path in survey.listing.paths:
+        check_text(root / path, path, "file")
     plan = _digest(survey, settings)
     parts = _prepared(root, out) / PARTS
     parts.mkdir(exist_ok=True)
     try:
-        with FileLock(parts / "lock", timeout=0):
+        with FileLock(parts / "lock", timeout=_LOCK_SECONDS):
             return _pack(root, out, settings, survey, plan, processes, progress)
     except Timeout:
         raise ConfigError(
@@ -197,7 +210,7 @@ def _pack(
     if _is_complete(out):
         shutil.rmtree(parts)
         return _packed(out, survey, settings, 0)
-    tasks = _tasks(root, out, settings, survey, plan)
+    tasks = _tasks(root, out, settings, survey)
     for split in SPLITS:
         (parts / split).mkdir(exist_ok=True)
     for abandoned in out.glob("*/.*.tmp"):  # of a process that was killed
@@ -213,7 +226,7 @@ def _pack(
         if progress is not None:
             progress(packed, len(listing.paths))
     shards = [done[task.name][0] for task in tasks]
-    write_index(out, shards, [done[task.name][1] for task in tasks], plan)
+    write_index(out, shards, [done[task.name][1] for task in tasks], plan=plan)
     shutil.rmtree(parts)
     return _packed(out, survey, settings, len(open_tasks))
 
@@ -241,12 +254,12 @@ def _packed(out: Path, survey: Survey, settings: PackSettings, written: int) -> 
 
 
 def _notes(survey: Survey, settings: PackSettings) -> list[str]:
-    notes = list(survey.notes(settings.resize, DEFAULT_DECODING))[1:]
+    _, *notes = survey.notes(settings.resize, DEFAULT_DECODING)  # the first describes what a job would read
     kept = (survey.facts["flags"] & int(_KEPT_AS_THEY_ARE)) > 0
     if settings.resize is not None and kept.any():
         notes.append(
-            f"{int(kept.sum()):,} pictures with transparency, several frames or more than 8 bits per pixel keep their "
-            "size"
+            f"{int(kept.sum()):,} pictures with transparency, several frames or more than 8 bits per channel keep "
+            "their size"
         )
     return notes
 
@@ -257,16 +270,20 @@ def _check_same_plan(out: Path, plan: str) -> None:
     Otherwise, the plan is noted, because a process that is killed may leave a shard without its rows.
     """
     index, note = out / INDEX_FILE, out / PARTS / "plan"
-    found = plan
+    found: object = plan
     if index.is_file():
-        found = read_table(index.read_bytes(), str(index))[1]["plan"]
+        with contextlib.suppress(DataError):  # a damaged index, which does not say what the shards contain
+            found = None
+            found = read_table(index.read_bytes(), str(index))[1].get("plan")
     elif note.is_file():
-        found = note.read_text()
+        found = note.read_bytes().decode(errors="replace")
     elif any(out.glob("*/*.tar")):
         found = ""
     if found != plan:
         raise ConfigError(
-            f"{shown(out)} contains shards of other pictures or settings",
+            f"{shown(out)} contains shards of other pictures or settings, or its {INDEX_FILE} is damaged"
+            if found is None
+            else f"{shown(out)} contains shards of other pictures or settings",
             field="--out",
             remedy="name another folder, or delete it",
         )
@@ -276,7 +293,7 @@ def _check_same_plan(out: Path, plan: str) -> None:
 
 
 # ---------- the plan
-def _tasks(root: Path, out: Path, settings: PackSettings, survey: Survey, plan: str) -> list[_Task]:
+def _tasks(root: Path, out: Path, settings: PackSettings, survey: Survey) -> list[_Task]:
     """Divide the pictures among shards."""
     listing = survey.listing
     tasks: list[_Task] = []
@@ -292,7 +309,6 @@ def _tasks(root: Path, out: Path, settings: PackSettings, survey: Survey, plan: 
                     name=f"{split}/shard-{number:06d}.tar",
                     root=str(root),
                     out=str(out),
-                    plan=plan,
                     settings=settings,
                     paths=tuple(listing.paths[index] for index in chosen),
                     labels=tuple(labels[chosen].tolist()),
@@ -344,7 +360,7 @@ def _complete(out: Path, task: _Task) -> tuple[Shard, Any] | None:
     if not file.is_file():
         return None
     table, meta = read_table(file.read_bytes(), str(file))
-    shard = Shard(**meta["shard"])
+    shard = shard_of(meta["shard"])
     path = out / task.name
     if not path.is_file() or path.stat().st_size != shard.size:
         return None
@@ -392,11 +408,7 @@ def _write_shard(task: _Task) -> tuple[Shard, Any]:
     shard = Shard(task.name, size, len(rows), stream.sha256.hexdigest(), excerpt)
     classes = [task.classes[label] for label in task.labels]
     table = rows_table(classes, files, np.array(rows, SAMPLE), np.array(facts, FACTS))
-    write_table(
-        _part(Path(task.out), task.name),
-        table,
-        {"version": _VERSION, "plan": task.plan, "shard": asdict(shard)},
-    )
+    write_table(_part(Path(task.out), task.name), table, {"version": _VERSION, "shard": asdict(shard)})
     return shard, table
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -60,7 +62,7 @@ class Pool:
             yield from ((chunk, work(chunk, *arguments)) for chunk in chunks)
             return
         # Decoding small pictures mostly runs Python code, where threads would wait for the interpreter lock.
-        executor = ProcessPoolExecutor(min(processes, len(chunks)))
+        executor = ProcessPoolExecutor(min(processes, len(chunks)), initializer=_end_with_parent)
         try:
             results = executor.map(work, chunks, *([argument] * len(chunks) for argument in arguments))
             yield from zip(chunks, results, strict=True)
@@ -73,6 +75,21 @@ class Pool:
 
 
 DEFAULT_POOL = Pool()
+
+
+def _end_with_parent() -> None:
+    """End this process of a pool as soon as its parent is killed.
+
+    Otherwise, it would wait for tasks for ever, and hold the locks of the files that it has inherited.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _usable_cores() -> int:

@@ -294,6 +294,9 @@ DATASETS.register(
         survey=_own("folder_dataset", "survey"),
     ),
 )
+DATASET_ALIASES = {"shards": "webdataset"}
+"""Data sets with two names: a configuration uses the second one, so that both names are the same run."""
+
 for _name in ("webdataset", "shards"):
     DATASETS.register(
         _name,

@@ -23,7 +23,18 @@ from istanas.data.shard_index import read_index
 
 @dataclass(frozen=True)
 class _ShardListing(Listing):
-    """The pictures in shards. Their names are complete, as there is no file of that name."""
+    """The pictures in shards. Each name begins with the folder or address of the shards; `files` adds no folder.
+
+    Args:
+        address: The address of the bucket; None for a folder.
+    """
+
+    address: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Return the address, or the real path of the folder."""
+        return super().place if self.address is None else self.address.rstrip("/")
 
     @cached_property
     def files(self) -> Sequence[str]:
@@ -57,5 +68,6 @@ def _opened(request: DatasetRequest) -> tuple[Survey, Members]:
         left_out=(),
         kind=request.name,
         read_from=count_of(len(index.shards), "shard"),
+        address=request.address,
     )
     return Survey(listing, index.facts), Members(storage, index.shard_names, index.samples, names)

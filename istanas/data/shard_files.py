@@ -1,8 +1,9 @@
 """The bytes of pictures in tar files ("shards"), in a folder or in a bucket.
 
-A picture is read by its offset and size, which the index of the shards contains (`istanas.data.shard_index`). Shards of
-a folder are opened once for each process, and before processes that decode pictures are forked, which inherit the open
-files. Ranges of objects in a bucket are requested by several threads of the training process.
+A picture is read by its offset and size, which the index of the shards contains (`istanas.data.shard_index`). The
+shards of a folder are opened once in each process. They are opened before the processes that decode pictures are
+forked, so that these inherit the open files. Ranges of objects in a bucket are requested by several threads of the
+training process.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, TypeVar, overload
 
 import numpy as np
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from istanas.buckets import file_system, is_address
 from istanas.data.cache import reason
 from istanas.data.reading import Content, shown
-from istanas.errors import DataError
+from istanas.errors import DataError, MissingDataError
 
 SAMPLE = np.dtype(
     [
@@ -43,7 +45,7 @@ THREADS = 32
 PATIENCE_S = 60.0
 """Seconds for which a request to a bucket is repeated."""
 
-_BLOCK = 16 * 1024  # bytes of a sample of a shard's content
+_BLOCK = 16 * 1024  # bytes of each part of a shard's excerpt
 _AHEAD = 2  # batches that are requested from a bucket before the decoding processes ask for them
 
 Key = TypeVar("Key")
@@ -119,7 +121,7 @@ def in_threads(work: Callable[[Key], Value], keys: Iterable[Key]) -> list[Value]
 
 # ---------- folders
 class FolderShards:
-    """Shards in a folder, each opened once for each process.
+    """Shards in a folder, each opened once for each process. Only one thread of a process may use an object.
 
     Args:
         root: The folder.
@@ -178,14 +180,20 @@ class FolderShards:
         if not missing or len(names) > self._most:
             return
 
-        def opened(name: str) -> int:
+        def opened(name: str) -> int | OSError:
             try:
                 return os.open(os.path.join(self.root, name), os.O_RDONLY)
             except OSError as error:
-                raise _unreadable(f"{self.root}/{name}", error) from error
+                return error
 
-        for name, descriptor in zip(missing, in_threads(opened, missing), strict=True):
-            self._keep(name, descriptor)
+        failed: list[DataError] = []
+        for name, found in zip(missing, in_threads(opened, missing), strict=True):
+            if isinstance(found, int):
+                self._keep(name, found)
+            else:
+                failed.append(_unreadable(f"{self.root}/{name}", found))
+        if failed:  # the files that the other threads have opened are kept, and closed with this object
+            raise failed[0]
 
     def _keep(self, name: str, descriptor: int) -> None:
         self._open[name] = descriptor
@@ -246,7 +254,7 @@ def _unreadable(name: str, error: Exception) -> DataError:
 
 # ---------- buckets
 class BucketShards:
-    """Shards in a bucket. An object is opened once, and several threads may read ranges of it.
+    """Shards in a bucket. An object is opened once, and several threads may read ranges of it at the same time.
 
     Args:
         root: The address, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`.
@@ -257,7 +265,9 @@ class BucketShards:
     def __init__(self, root: str) -> None:
         self.root = root.rstrip("/")
         self._opened: dict[str, Any] = {}
+        self._opening: dict[str, Lock] = {}
         self._connection: tuple[Any, str] | None = None
+        self._connecting = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return a copy without connections, for another process."""
@@ -279,9 +289,10 @@ class BucketShards:
         """Return a range of a shard's bytes; fewer if the shard ends before."""
 
         def ranged() -> bytes:
-            if name not in self._opened:
-                system, base = self._system()
-                self._opened[name] = system.open_input_file(f"{base}/{name}")
+            with self._opening.setdefault(name, Lock()):
+                if name not in self._opened:
+                    system, base = self._system()
+                    self._opened[name] = system.open_input_file(f"{base}/{name}")
             content: bytes = self._opened[name].read_at(size, offset)
             return content
 
@@ -306,14 +317,15 @@ class BucketShards:
         """Do nothing: an object is opened when a thread first reads it."""
 
     def _system(self) -> tuple[Any, str]:
-        if self._connection is None:
-            try:
-                self._connection = file_system(self.root)
-            except (ValueError, TypeError) as error:
-                raise DataError(
-                    f"{self.root}: {reason(error):.200}", field="data.root", remedy="correct the address"
-                ) from None
-        return self._connection
+        with self._connecting:
+            if self._connection is None:
+                try:
+                    self._connection = file_system(self.root)
+                except (ValueError, TypeError) as error:
+                    raise DataError(
+                        f"{self.root}: {reason(error):.200}", field="data.root", remedy="correct the address"
+                    ) from None
+            return self._connection
 
     def _patiently(
         self, name: str, request: Callable[[], Value], missing: type[Exception] | None = None
@@ -342,7 +354,7 @@ class BucketShards:
             if missing is not None and isinstance(error, missing):
                 raise
             place = f"{self.root}/{name}" if name else self.root
-            raise DataError(
+            raise MissingDataError(
                 f"{place} cannot be read ({reason(error).partition('AWS Error ')[2] or reason(error):.200})",
                 field="data.root",
                 remedy="check network, credentials and bucket; the same command resumes",
@@ -458,7 +470,7 @@ class Members(Sequence[bytes]):
             raise DataError(
                 f"{shown(f'{self._storage.root}/{shard}')} {what}: the picture {shown(self._names[place])} differs",
                 field="data.root",
-                remedy="restore the shard, or write a new index with istanas pack --index DIR",
+                remedy="restore the shard, or run the istanas pack command that has made it again",
             )
         return Content(memoryview(region)[start : start + length], self._names[place])
 

@@ -14,7 +14,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from istanas.buckets import is_address
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS, TEST_SPLITS
+from istanas.data.folders import FACTS, TEST_SPLITS, count_of
 from istanas.data.reading import shown
 from istanas.data.shard_files import (
     SAMPLE,
@@ -34,7 +35,7 @@ from istanas.data.shard_files import (
     excerpt_of,
     in_threads,
 )
-from istanas.errors import DataError
+from istanas.errors import DataError, MissingDataError
 
 INDEX_FILE = "index.parquet"
 _VERSION = 1
@@ -42,7 +43,10 @@ _META = b"istanas"
 _SHARD_NAME = re.compile(rf"(train|{'|'.join(TEST_SPLITS)})/[^/\0\\]+\.tar")
 _FILE_FIELDS = ("offset", "size", "start", "length", "crc")
 _FACT_FIELDS = ("width", "height", "peak", "level", "flags")
-REINDEX = "write the index again with istanas pack --index DIR"
+REINDEX = (
+    "run the istanas pack command that has made the shards again, or istanas pack --index DIR for shards of another "
+    "program"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +85,12 @@ class ShardIndex:
 
 # ---------- rows of one shard
 def rows_table(
-    classes: Sequence[str], files: Sequence[str], samples: NDArray[np.void], facts: NDArray[np.void]
+    classes: Sequence[str | None], files: Sequence[str], samples: NDArray[np.void], facts: NDArray[np.void]
 ) -> Any:
     """Return the rows of a shard as a pyarrow table.
 
     Args:
-        classes: N names of classes.
+        classes: N names of classes; None for a name that is not known yet.
         files: N names of files.
         samples: (N,) records, see `SAMPLE`; label and shard are not used.
         facts: (N,) records, see `istanas.data.folders.FACTS`.
@@ -152,19 +156,32 @@ def _damage_reported(name: str) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        *(pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError),
+        *(OverflowError, RecursionError, MemoryError),
+    ) as error:
         raise _unfit(f"{shown(name)} is not an index of shards ({reason(error):.200})") from error
 
 
 # ---------- the whole index
-def write_index(root: Path, shards: Sequence[Shard], tables: Sequence[Any], plan: str = "") -> None:
+def write_index(
+    root: Path,
+    shards: Sequence[Shard],
+    tables: Sequence[Any],
+    *,
+    plan: str = "",
+    numbers: Mapping[str, int] | None = None,
+) -> None:
     """Write the index of a data set.
+
+    The classes have the order of their numbers if all numbers are known, and of their names otherwise.
 
     Args:
         root: The folder of the data set.
         shards: Its tar files.
         tables: The rows of each, see `rows_table`.
         plan: See `ShardIndex`.
+        numbers: Numbers of classes, by name; by default, none is known.
 
     Raises:
         DataError: If the two splits are not those of one data set.
@@ -180,7 +197,8 @@ def write_index(root: Path, shards: Sequence[Shard], tables: Sequence[Any], plan
         merged.append(table)
     whole = pa.concat_tables(merged)
     trained = pc.unique(whole.filter(pc.invert(whole["is_test"]))["class"]).to_pylist()
-    class_names = sorted(trained, key=(lambda name: int(name)) if all(map(_is_number, trained)) else None)
+    known = numbers or {}
+    class_names = sorted(trained, key=known.__getitem__ if all(name in known for name in trained) else None)
     _check_classes(root, whole, class_names)
     labels = pc.index_in(whole["class"], pa.array(class_names, pa.string()))
     whole = whole.drop_columns(["class"]).append_column("label", labels)
@@ -195,17 +213,14 @@ def write_index(root: Path, shards: Sequence[Shard], tables: Sequence[Any], plan
     write_table(root / INDEX_FILE, whole.drop_columns(["is_test"]), meta)
 
 
-def _is_number(name: str) -> bool:
-    return name.isascii() and name.isdigit()
-
-
 def _check_classes(root: Path, whole: Any, class_names: Sequence[str]) -> None:
     import pyarrow.compute as pc
 
     tested = pc.unique(whole.filter(whole["is_test"])["class"]).to_pylist()
     problem = None
     if len(class_names) < 2:
-        problem = f"the training shards contain {len(class_names)} class, at least two are needed"
+        count = count_of(len(class_names), "class", "classes")
+        problem = f"the training shards contain {count}, at least two are needed"
     elif not tested:
         problem = "there is no test picture"
     elif strangers := sorted(set(tested) - set(class_names)):
@@ -226,28 +241,46 @@ def read_index(storage: ShardStorage) -> ShardIndex:
     Raises:
         DataError: If there is no index, if it is damaged, or if it does not fit the shards.
     """
-    name = f"{storage.root}/{INDEX_FILE}"
     try:
         content = storage.content(INDEX_FILE)
     except FileNotFoundError:
         raise _no_index(storage) from None
-    digest = hashlib.sha256(content).hexdigest()
-    if _known[0] != (digest, name):
-        _known[:] = [(digest, name), _parsed(content, name, digest)]
-    index: ShardIndex = _known[1]
+    index = _last.parsed(content, f"{storage.root}/{INDEX_FILE}")
     check_shards(storage, index)
     return index
 
 
-_known: list[Any] = [None, None]
-"""The last index, because a job reads its index several times: (its digest, its name), and its content."""
+class _Last:
+    """The index that was parsed last, because a job reads its index several times."""
+
+    def __init__(self) -> None:
+        self._index: tuple[str, ShardIndex] | None = None
+
+    def parsed(self, content: bytes, name: str) -> ShardIndex:
+        """Return the index in a file.
+
+        Raises:
+            DataError: If it is damaged.
+        """
+        digest = hashlib.sha256(content).hexdigest()
+        if self._index is None or self._index[0] != name or self._index[1].digest != digest:
+            self._index = name, _parsed(content, name, digest)
+        return self._index[1]
+
+
+_last = _Last()
 
 
 def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
     """Return the index in a file, whose columns are read one by one to save memory."""
+    import pyarrow as pa
+
     with _damage_reported(name):
         file, meta = _opened(content)
         n = file.metadata.num_rows
+        shards = tuple(map(shard_of, meta["shards"]))
+        if n * tarfile.BLOCKSIZE > sum(shard.size for shard in shards):  # before memory is taken for the rows
+            raise ValueError(f"{n:,} pictures do not fit into its shards")
         samples, facts = np.empty(n, SAMPLE), np.empty(n, FACTS)
 
         def column(field: str) -> Any:
@@ -265,15 +298,29 @@ def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
         index = ShardIndex(
             class_names=tuple(map(str, meta["classes"])),
             n_train=int(meta["n_train"]),
-            shards=tuple(Shard(**shard) for shard in meta["shards"]),
+            shards=shards,
             samples=samples,
             facts=facts,
-            files=column("file"),
+            files=column("file").cast(pa.string()),
             digest=digest,
             plan=str(meta["plan"]),
         )
-    _check_rows(index, name)
+        _check_rows(index, name)
     return index
+
+
+def shard_of(said: Any) -> Shard:
+    """Return the tar file that an index describes.
+
+    Raises:
+        ValueError, TypeError, KeyError: If the description lacks something, or a value has a wrong type.
+    """
+    texts, numbers = ("name", "sha256", "excerpt"), ("size", "samples")
+    if not all(isinstance(said[key], str) for key in texts):
+        raise ValueError("a shard has no name or digest")
+    if not all(type(said[key]) is int and 0 <= said[key] < 1 << 62 for key in numbers):
+        raise ValueError("a shard has no size")
+    return Shard(**{key: said[key] for key in (*texts, *numbers)})
 
 
 def _check_rows(index: ShardIndex, name: str) -> None:
@@ -283,8 +330,10 @@ def _check_rows(index: ShardIndex, name: str) -> None:
     strange = next((shard.name for shard in shards if not _SHARD_NAME.fullmatch(shard.name)), None)
     if strange is not None:
         problem = f"names the shard {shown(strange)}"
-    elif not 0 < index.n_train < len(samples) or len(index.class_names) < 2:
-        problem = f"has {index.n_train} training pictures of {len(samples)} pictures"
+    elif not 0 < index.n_train < len(samples):
+        problem = f"has {index.n_train:,} training pictures of {len(samples):,} pictures"
+    elif len(index.class_names) < 2:
+        problem = f"has {count_of(len(index.class_names), 'class', 'classes')}, at least two are needed"
     elif not 0 <= int(samples["label"].min()) <= int(samples["label"].max()) < len(index.class_names):
         problem = f"has labels above its {len(index.class_names)} classes"
     elif not 0 <= int(samples["shard"].min()) <= int(samples["shard"].max()) < len(shards):
@@ -336,15 +385,15 @@ def check_shards(storage: ShardStorage, index: ShardIndex) -> None:
 
 def _no_index(storage: ShardStorage) -> DataError:
     if not storage.is_remote and not Path(storage.root).is_dir():
-        return DataError(
+        return MissingDataError(
             f"no such folder: {shown(storage.root)}",
             field="data.root",
             remedy="set data.root to a folder of shards; istanas pack makes one",
         )
-    remedy = "write one with istanas pack --index DIR"
+    remedy = "complete it with istanas pack, or write one for shards of another program with istanas pack --index DIR"
     if is_address(storage.root):
         remedy += f", and copy {INDEX_FILE} and the shards to the bucket"
-    return DataError(f"{shown(storage.root)} has no {INDEX_FILE}", field="data.root", remedy=remedy)
+    return MissingDataError(f"{shown(storage.root)} has no {INDEX_FILE}", field="data.root", remedy=remedy)
 
 
 def _unfit(problem: str, remedy: str | None = None) -> DataError:

@@ -29,11 +29,14 @@ from istanas.errors import DataError
 _BLOCK = tarfile.BLOCKSIZE
 _LABELS = ("cls", "json")
 _MOST_TEXT = 1 << 20  # bytes of a label
+_MOST_DIGITS = 18  # of a class's number, which then fits into 64 bits
+_MOST_BYTES = (1 << 31) - 1  # of a sample, which an index counts with 32 bits
+_STEP = 1 << 20  # bytes after the last member that are read at once
 
 
 @dataclass
 class _Sample:
-    """The members of a sample: name and content by suffix, and where they lie in the shard."""
+    """A sample: its region of the shard (`offset` to `end`), its picture, and the contents of its labels by suffix."""
 
     key: str
     offset: int
@@ -60,27 +63,58 @@ def index_shards(root: Path, progress: Progress | None = None, processes: int | 
             f"{shown(root)}/train contains no tar file", field="data.root", remedy="name a folder of shards"
         )
     shards, tables = [], []
-    numbers: dict[str, str] = {}
-    for _, (shard, table, named) in Pool(1, 2, processes).map(_scan_chunk, names, str(root)):
-        for number, name in named.items():
-            if numbers.setdefault(number, name) != name:
-                raise _bad(
-                    f"{root}/{shard.name}",
-                    f"the label {number} stands for the classes {numbers[number]} and {name}",
-                )
+    known = ClassNumbers()
+    for _, (shard, table, in_shard) in Pool(1, 2, processes).map(_scan_chunk, names, str(root)):
+        for number, name in in_shard.names.items():
+            known.add(f"{root}/{shard.name}", number, name)
         shards.append(shard)
         tables.append(table)
         if progress is not None:
             progress(len(shards), len(names))
-    write_index(root, shards, tables)
+    tables = [
+        _with_names(f"{root}/{shard.name}", table, known) for shard, table in zip(shards, tables, strict=True)
+    ]
+    write_index(root, shards, tables, numbers=known.numbers)
 
 
-def _scan_chunk(names: Sequence[str], root: str) -> tuple[Shard, Any, dict[str, str]]:
+@dataclass
+class ClassNumbers:
+    """The classes whose number and name are known: names by number, and numbers by name."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+
+    def add(self, path: Path | str, number: int, name: str) -> None:
+        """Add a class of a shard.
+
+        Raises:
+            DataError: If the number has another name, or the name another number.
+        """
+        if self.names.setdefault(number, name) != name:
+            raise _bad(path, f"the label {number} stands for the classes {self.names[number]} and {name}")
+        if self.numbers.setdefault(name, number) != number:
+            raise _bad(path, f"the class {name} has the labels {self.numbers[name]} and {number}")
+
+
+def _with_names(path: str, table: Any, known: ClassNumbers) -> Any:
+    """Return the rows of a shard with the name of each class, which is its number if no sample names it."""
+    import pyarrow as pa
+
+    classes, numbers = table["class"].to_pylist(), table["number"].to_pylist()
+    for place, number in enumerate(numbers):
+        if classes[place] is None:
+            classes[place] = known.names.get(number, str(number))
+            known.add(path, number, classes[place])
+    table = table.drop_columns(["number"])
+    return table.set_column(table.schema.get_field_index("class"), "class", pa.array(classes, pa.string()))
+
+
+def _scan_chunk(names: Sequence[str], root: str) -> tuple[Shard, Any, ClassNumbers]:
     (name,) = names
     return scan_shard(Path(root), name)
 
 
-def scan_shard(root: Path, name: str) -> tuple[Shard, Any, dict[str, str]]:
+def scan_shard(root: Path, name: str) -> tuple[Shard, Any, ClassNumbers]:
     """Read a shard.
 
     Args:
@@ -88,18 +122,23 @@ def scan_shard(root: Path, name: str) -> tuple[Shard, Any, dict[str, str]]:
         name: The shard, such as "train/shard-000000.tar".
 
     Returns:
-        (the shard, its rows as for `rows_table`, the names of the classes that its samples give for numbers).
+        (the shard, its rows, the classes whose number and name its samples say). The rows are those of `rows_table`,
+        where the class is null if a sample says its number only, and a column "number", null if it says its name only.
 
     Raises:
         DataError: If the tar file is damaged, contains links or names that lead out of it, or a sample has no label,
             several labels, no picture or a broken picture.
     """
+    import pyarrow as pa
+
     path = root / name
-    rows, classes, files, facts = [], [], [], []
-    numbers: dict[str, str] = {}
+    rows, classes, numbers, files, facts = [], [], [], [], []
+    known = ClassNumbers()
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         for sample in _samples(path, file, size):
+            if sample.end - sample.offset > _MOST_BYTES:
+                raise _bad(path, f"the sample {sample.key} has more than {_MOST_BYTES:,} bytes")
             file.seek(sample.offset)
             region = file.read(sample.end - sample.offset)
             number, class_name, file_name = _label(path, sample)
@@ -112,8 +151,9 @@ def scan_shard(root: Path, name: str) -> tuple[Shard, Any, dict[str, str]]:
             if isinstance(found, Broken):
                 raise unreadable(found)
             if number is not None and class_name is not None:
-                numbers[number] = class_name
-            classes.append(class_name if class_name is not None else str(number))
+                known.add(path, number, class_name)
+            classes.append(class_name)
+            numbers.append(number)
             files.append(file_name or f"{os.path.basename(sample.key)}.{suffix}")
             rows.append((0, 0, sample.offset, len(region), start, length, zlib.crc32(region)))
             facts.append((*found[:5], np.frombuffer(found.fingerprint, np.uint8)))
@@ -123,7 +163,8 @@ def scan_shard(root: Path, name: str) -> tuple[Shard, Any, dict[str, str]]:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         excerpt = excerpt_of(lambda offset, count: os.pread(file.fileno(), count, offset), size)
     table = rows_table(classes, files, np.array(rows, SAMPLE), np.array(facts, FACTS))
-    return Shard(name, size, len(rows), digest, excerpt), table, numbers
+    table = table.append_column("number", pa.array(numbers, pa.int64()))
+    return Shard(name, size, len(rows), digest, excerpt), table, known
 
 
 def _samples(path: Path, file: BinaryIO, size: int) -> Iterator[_Sample]:
@@ -151,17 +192,31 @@ def _samples(path: Path, file: BinaryIO, size: int) -> Iterator[_Sample]:
                     sample = _Sample(key, member.offset)
                 sample.end = end
                 _add(path, sample, suffix.lower(), member, file)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, RecursionError) as error:
         raise _bad(path, f"it is truncated or damaged ({reason(error)})", "copy it again") from error
-    file.seek(end)
-    if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):  # the mark at the end of every tar file
-        raise _bad(path, "it is truncated or damaged (its end is missing)", "copy it again")
+    _check_end(path, file, end)
     if sample is not None:
         yield sample
 
 
+def _check_end(path: Path, file: BinaryIO, end: int) -> None:
+    """Check that only the end of an archive, zeros, follows its last member."""
+    file.seek(end)
+    if file.read(2 * _BLOCK) != bytes(2 * _BLOCK):
+        raise _bad(path, "it is truncated or damaged (its end is missing)", "copy it again")
+    while rest := file.read(_STEP):
+        if rest.count(0) != len(rest):
+            raise _bad(path, "data follow the end of the archive", "write each archive to a shard of its own")
+
+
 def _check_member(path: Path, member: tarfile.TarInfo) -> None:
     """Raise an error for a member that would be dangerous if another program extracted it."""
+    try:
+        member.name.encode()
+    except UnicodeEncodeError:
+        raise _bad(path, f"the name of its member {member.name} is not UTF-8") from None
+    if member.size < 0:
+        raise _bad(path, f"its member {member.name} has a negative size")
     if member.name.startswith(("/", "\\")) or ".." in member.name.replace("\\", "/").split("/"):
         raise _bad(path, f"its member {member.name} leads out of the archive")
     if member.issparse() or not (member.isreg() or member.isdir()):
@@ -180,42 +235,49 @@ def _add(path: Path, sample: _Sample, suffix: str, member: tarfile.TarInfo, file
             raise _bad(path, f"the sample {sample.key} has two labels")
         if member.size > _MOST_TEXT:
             raise _bad(path, f"the label of the sample {sample.key} has {member.size:,} bytes")
-        position = file.tell()
         file.seek(member.offset_data)
         sample.labels[suffix] = file.read(member.size)
-        file.seek(position)
 
 
-def _label(path: Path, sample: _Sample) -> tuple[str | None, str | None, str | None]:
+def _label(path: Path, sample: _Sample) -> tuple[int | None, str | None, str | None]:
     """Return (number of the class, name of the class, name of the file) of a sample; None for what it does not say."""
-    numbers: set[str] = set()
+    numbers: set[int] = set()
     names: set[str] = set()
     file_name = None
     try:
         if "cls" in sample.labels:
             text = sample.labels["cls"].decode().strip()
-            (numbers if text.isascii() and text.isdigit() else names).add(text)
+            if text.isascii() and text.isdigit():
+                numbers.add(_number(text))
+            else:
+                names.add(text)
         if "json" in sample.labels:
             said = json.loads(sample.labels["json"])
             if not isinstance(said, dict):
                 raise ValueError("not an object")
             label, name, file_name = said.get("label"), said.get("class"), said.get("file")
             if isinstance(label, int) and not isinstance(label, bool):
-                numbers.add(str(label))
+                numbers.add(_number(str(label)))
             if isinstance(name, str):
+                name.encode()  # raises an error if it is no valid text
                 names.add(name)
     except (ValueError, RecursionError) as error:
         raise _bad(path, f"the label of the sample {sample.key} cannot be read ({reason(error)})") from error
     names.discard("")
-    numbers = {str(int(number)) for number in numbers}
     if not numbers and not names:
         raise _bad(path, f"the sample {sample.key} has no label", "add a member .cls with its class")
-    for found in (numbers, names):
+    for found in (sorted(numbers), sorted(names)):
         if len(found) > 1:
-            raise _bad(path, f"the sample {sample.key} has two labels, {' and '.join(sorted(found))}")
+            raise _bad(path, f"the sample {sample.key} has two labels, {found[0]} and {found[1]}")
     if not isinstance(file_name, str) or not file_name or "/" in file_name or not file_name.isprintable():
         file_name = None
     return next(iter(numbers), None), next(iter(names), None), file_name
+
+
+def _number(text: str) -> int:
+    if len(text) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
+    return int(text)
 
 
 def _bad(path: Path | str, problem: str, remedy: str = "correct the shard and write it again") -> DataError:

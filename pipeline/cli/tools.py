@@ -98,6 +98,14 @@ def new(
     help="Pack even if more than 1 % of a class's files cannot be read (sub-folders, unsupported suffixes).",
 )
 @click.option(
+    "--test-fraction",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    metavar="FRACTION",
+    help="Fraction of each class of DIR/CLASS/* that becomes the test split, as with data.test_fraction. Without it, "
+    "DIR has train/CLASS/* and test/CLASS/*.",
+)
+@click.option(
     "--index",
     "indexed",
     type=click.Path(path_type=Path),
@@ -127,6 +135,7 @@ def pack(
     resize: int | None,
     quality: int,
     allow_left_out: bool,
+    test_fraction: float,
     indexed: Path | None,
     checked: Path | None,
     processes: int | None,
@@ -134,9 +143,9 @@ def pack(
 ) -> None:
     """Pack a picture folder into shards, large tar files.
 
-    DIR has train/CLASS/* and test/CLASS/*. Jobs read shards with data.name: webdataset, from a disk, a network file
-    system or a bucket. The same command continues after an interruption, and writes the same bytes. The layout is that
-    of WebDataset: 000001.jpg, 000001.cls and 000001.json.
+    DIR has train/CLASS/* and test/CLASS/*, or CLASS/* with --test-fraction. Jobs read shards with data.name:
+    webdataset, from a disk, a network file system or a bucket. The same command continues after an interruption, and
+    writes the same bytes. The layout is that of WebDataset: 000001.jpg, 000001.cls and 000001.json.
     """
     given = [name for name, value in (("DIR", folder), ("--index", indexed), ("--check", checked)) if value]
     if len(given) != 1:
@@ -158,6 +167,7 @@ def pack(
             resize=resize,
             quality=quality,
             allow_left_out=allow_left_out,
+            test_fraction=test_fraction,
             processes=processes,
             console=console,
         )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 import pydantic
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from istanas.data.registry import DATASETS, DatasetEntry
+from istanas.data.registry import DATASET_ALIASES, DATASETS, DatasetEntry
 from istanas.errors import ConfigError
 from istanas.limits import MIN_IMAGE_SIZE
 from istanas.methods import DEFAULT_METHOD, METHODS
@@ -102,10 +102,14 @@ def _without_password(address: str) -> str:
     return address
 
 
+def _without_alias(name: str) -> str:
+    return DATASET_ALIASES.get(name, name)
+
+
 class DataSettings(Section):
     """The pictures, and their augmentation during training."""
 
-    name: Annotated[str, NameIn(DATASETS)] = Field(
+    name: Annotated[str, NameIn(DATASETS), AfterValidator(_without_alias)] = Field(
         "digits",
         description="Name of the data set. `folder` reads a picture folder from data.root; `webdataset` (or `shards`) "
         "reads tar files that `istanas pack` has made from one.",

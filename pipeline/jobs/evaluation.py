@@ -181,7 +181,7 @@ def pictures_at(pictures: Pictures, indices: Tensor, steps: Preprocessing) -> Te
         (N, C, H, W) uint8.
     """
     if isinstance(pictures, FilePictures):
-        return torch.stack([steps.read(pictures.source(index)) for index in indices.tolist()])
+        return torch.stack([steps.read(source) for source in pictures.sources(indices)])
     return pictures.images[indices]
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from istanas.data import ImageDataset
 from istanas.errors import DataError, IstanasError
+from pipeline.base.addresses import is_remote
 from pipeline.base.files import atomic_write
 from pipeline.base.text import one_line
 from pipeline.config.load import to_yaml
@@ -51,8 +52,8 @@ from pipeline.training.epoch_record import EpochRecord
 from pipeline.training.pictures import (
     check_fit,
     check_same_pictures,
+    data_are_missing,
     data_digest,
-    data_folder_is_missing,
     describe_pictures,
     has_own_root,
     load_pictures,
@@ -231,12 +232,14 @@ def _load_for(run: RunDir, spec: JobSpec, old: RunRecord | None, console: Consol
     try:
         return load_data(spec.config, console)
     except DataError as error:
-        if old is None or not has_own_root(spec.config.data) or not data_folder_is_missing(spec.config.data):
+        data = spec.config.data
+        if old is None or not has_own_root(data) or not data_are_missing(data, error):
             raise
-        raise DataError(
+        what = "the bucket" if is_remote(str(data.root)) else "the folder"
+        raise type(error)(
             error.problem,
             field=error.field,
-            remedy=f"restore the folder to resume {bucket.shown(run.path)}, or name another one for a new run",
+            remedy=f"restore {what} to resume {bucket.shown(run.path)}, or name another one for a new run",
         ) from error
 
 
@@ -255,7 +258,7 @@ def _check_finished(
     try:
         dataset = load_data(spec.config, context.console, download=False)
     except DataError as error:
-        if not data_folder_is_missing(spec.config.data):
+        if not data_are_missing(spec.config.data, error):
             raise
         context.say(f"warning: the pictures of this result cannot be checked any more: {error}")
         return
@@ -379,8 +382,8 @@ def own_warnings(spec: JobSpec) -> Callable[[ImageDataset], list[str]]:
     return lambda dataset: warnings_of(spec.config, dataset, (spec.kind,))
 
 
-def progress_on(doing: str, console: Console) -> Callable[[int, int], None]:
-    """Return a function that prints the number of processed pictures after every tenth of them."""
+def progress_on(doing: str, console: Console, what: str = "pictures") -> Callable[[int, int], None]:
+    """Return a function that prints the number of processed pictures, or other files, after every tenth of them."""
     printed = -1
 
     def progress(done: int, total: int) -> None:
@@ -388,7 +391,7 @@ def progress_on(doing: str, console: Console) -> Callable[[int, int], None]:
         tenth = 10 * done // max(total, 1)
         if tenth != printed:
             printed = tenth
-            console.print(f"{doing} pictures: {done} of {total}", highlight=False)
+            console.print(f"{doing} {what}: {done} of {total}", highlight=False)
 
     return progress
 

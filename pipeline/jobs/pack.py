@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,19 @@ from istanas.data.reading import shown
 from istanas.data.shard_files import FolderShards
 from istanas.data.shard_index import INDEX_FILE, read_index
 from istanas.data.shard_scan import damaged_shards, index_shards
-from istanas.errors import ConfigError, DataError
+from istanas.errors import ConfigError, DataError, IstanasError
 from pipeline.config.threads import usable_cores
+from pipeline.jobs.context import say_to
 from pipeline.jobs.lifecycle import progress_on
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_ARGUMENTS = (
+    ("--set data.allow_left_out=true", "--allow-left-out"),
+    ("data.test_fraction", "--test-fraction"),
+    ("set data.root=", "name the folder "),
+    ("set data.root to", "name"),
+    ("data.root", "DIR"),
+)
 SMALLEST_SHARD = 64_000  # bytes; below, a tar file is mostly padding
 
 
@@ -46,6 +56,21 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
+@contextlib.contextmanager
+def _named_as_arguments() -> Iterator[None]:
+    """Name the arguments of the command, instead of the settings of a job, in errors."""
+    try:
+        yield
+    except IstanasError as error:
+        for setting, argument in _ARGUMENTS:
+            if error.remedy is not None:
+                error.remedy = error.remedy.replace(setting, argument)
+            if error.field is not None:
+                error.field = error.field.replace(setting, argument)
+        raise
+
+
+@_named_as_arguments()
 def run_pack(
     folder: Path,
     out: Path,
@@ -54,6 +79,7 @@ def run_pack(
     resize: int | None,
     quality: int,
     allow_left_out: bool,
+    test_fraction: float,
     processes: int | None,
     console: Console,
 ) -> dict[str, Any]:
@@ -68,26 +94,20 @@ def run_pack(
         PackSettings(shard_size, resize, quality),
         cache_dir=default_cache_dir(),
         allow_left_out=allow_left_out,
+        test_fraction=test_fraction,
         processes=processes or usable_cores(),
         progress=progress_on("packed", console),
         checking=progress_on("checking", console),
     )
+    say = say_to(console)
     for note in packed.notes:
-        console.print(shown(note), highlight=False, markup=False, soft_wrap=True)
+        say(shown(note))
     state = "written" if packed.written else "complete already"
-    console.print(
+    say(
         f"{shown(out)}: {packed.shards:,} shards, {packed.bytes / 1e6:,.1f} MB, with {packed.n_train:,} training and "
-        f"{packed.pictures - packed.n_train:,} test pictures of {packed.classes:,} classes, {state}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"{packed.pictures - packed.n_train:,} test pictures of {packed.classes:,} classes, {state}"
     )
-    console.print(
-        f"use them with --set data.name=webdataset --set data.root={shown(out)}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    say(f"use them with --set data.name=webdataset --set data.root={shown(out)}")
     return {
         "out": str(out),
         "shards": packed.shards,
@@ -99,16 +119,18 @@ def run_pack(
     }
 
 
+@_named_as_arguments()
 def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Write the index of a folder of shards.
 
     Returns:
         Numbers of shards, pictures and classes, and the folder.
     """
-    index_shards(folder, _progress_of_shards("read", console), processes or usable_cores())
+    index_shards(folder, progress_on("read", console, "shards"), processes or usable_cores())
     return _described(folder, "indexed", console)
 
 
+@_named_as_arguments()
 def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Compare the content of every shard with the checksum in the index.
 
@@ -119,15 +141,14 @@ def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[
         DataError: If a shard differs.
     """
     index = read_index(FolderShards(str(folder)))
-    damaged = damaged_shards(
-        folder, index.shards, _progress_of_shards("checked", console), processes or usable_cores()
-    )
+    progress = progress_on("checked", console, "shards")
+    damaged = damaged_shards(folder, index.shards, progress, processes or usable_cores())
     if damaged:
         more = f", and {len(damaged) - 1} others" if len(damaged) > 1 else ""
         raise DataError(
             f"{shown(folder / damaged[0])} differs from its checksum in {INDEX_FILE}{more}",
             field="data.root",
-            remedy="copy it again, or write a new index with istanas pack --index DIR",
+            remedy="copy it again, or run the istanas pack command that has made it again",
         )
     return _described(folder, "intact", console)
 
@@ -135,12 +156,9 @@ def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[
 def _described(folder: Path, what: str, console: Console) -> dict[str, Any]:
     index = read_index(FolderShards(str(folder)))
     n, n_classes = len(index.samples), len(index.class_names)
-    console.print(
+    say_to(console)(
         f"{shown(folder)}: {len(index.shards):,} shards with {index.n_train:,} training and {n - index.n_train:,} test "
-        f"pictures of {n_classes:,} classes, {what}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"pictures of {n_classes:,} classes, {what}"
     )
     return {
         "out": str(folder),
@@ -149,11 +167,3 @@ def _described(folder: Path, what: str, console: Console) -> dict[str, Any]:
         "training_pictures": index.n_train,
         "classes": n_classes,
     }
-
-
-def _progress_of_shards(doing: str, console: Console) -> Any:
-    def progress(done: int, total: int) -> None:
-        if done == total or done % max(total // 10, 1) == 0:
-            console.print(f"{doing} shards: {done} of {total}", highlight=False)
-
-    return progress

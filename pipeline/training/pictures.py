@@ -22,7 +22,7 @@ from istanas.data import (
 )
 from istanas.data.registry import DATASETS, dataset_request
 from istanas.distributed import Ranks
-from istanas.errors import CheckpointError, ConfigError
+from istanas.errors import CheckpointError, ConfigError, DataError, MissingDataError
 from istanas.limits import SMALL_SIDE
 from istanas.nets import MIN_IMAGE_SIZE
 from istanas.registry import OWN
@@ -161,10 +161,17 @@ def decode_settings_of(data: DataSettings, survey: Survey) -> DecodeSettings:
     return survey.decode_settings(_rgb(data.background))
 
 
-def data_folder_is_missing(data: DataSettings) -> bool:
-    """Return whether data that failed to load are missing, rather than changed."""
-    if not has_own_root(data) or is_remote(str(data.root)):
+def data_are_missing(data: DataSettings, error: DataError) -> bool:
+    """Return whether data that failed to load are missing or unreachable, rather than changed.
+
+    Args:
+        data: The settings.
+        error: The error of loading.
+    """
+    if not has_own_root(data):
         return True
+    if is_remote(str(data.root)):
+        return isinstance(error, MissingDataError)
     return not Path(str(data.root)).expanduser().exists()
 
 

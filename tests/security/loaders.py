@@ -6,6 +6,7 @@ Most inputs are valid ones with a few changes of values or bytes, since random b
 import hashlib
 import io
 import json
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -16,8 +17,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
+from PIL import Image
 
+from istanas.data.shard_files import FolderShards
+from istanas.data.shard_index import INDEX_FILE, read_index
+from istanas.data.shard_scan import index_shards, scan_shard
 from istanas.errors import IstanasError
 from istanas.space import PUBLISHED, Genotype
 from istanas.space.nas_bench_201 import genotype_at
@@ -262,6 +268,22 @@ def _metrics(folder: Path, data: tuple[bytes, bytes, bytes]) -> None:
         raise refused[-1]
 
 
+def _shard(folder: Path, data: bytes) -> None:
+    (folder / "train").mkdir(exist_ok=True)
+    (folder / "train" / "a.tar").write_bytes(data)
+    shard, table, _ = scan_shard(folder, "train/a.tar")
+    assert len(table) == shard.samples > 0
+
+
+def _index(folder: Path, data: bytes) -> None:
+    for name, content in _SHARDS.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / INDEX_FILE).write_bytes(data)
+    index = read_index(FolderShards(str(folder)))
+    assert len(index.names("").short(range(len(index.samples)))) == len(index.samples)
+
+
 def _zipped(pickle: bytes) -> bytes:
     """Return a checkpoint with this pickle and valid checksums."""
     buffer = io.BytesIO()
@@ -400,6 +422,52 @@ _TABLE = {
 }
 _LINE = {"step": 1, "timestamp_ms": 1000, "metrics": {"train/loss": 1.5, "valid/top1": 0.25}}
 
+
+def _picture() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+_PICTURE = _picture()
+_MEMBERS: list[Any] = [
+    ["0.png", None],
+    ["0.cls", "0"],
+    ["1.png", None],
+    ["1.json", '{"label": 1, "class": "cat", "file": "a.png"}'],
+]
+
+
+def _tar_of(members: Any) -> bytes:
+    """Return a tar file with members (name, text; None: a picture); values of other kinds are left out."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT, errors="surrogatepass") as tar:
+        for member in members if isinstance(members, list) else []:
+            if isinstance(member, list) and len(member) == 2 and isinstance(member[0], str):
+                name, said = member
+                content = _PICTURE if said is None else str(said).encode(errors="surrogatepass")
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def _indexed() -> tuple[bytes, dict[str, bytes]]:
+    """Return an index and its shards."""
+    shards = {f"{split}/a.tar": _tar_of(_MEMBERS) for split in ("train", "test")}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in shards.items():
+            Path(folder, name).parent.mkdir()
+            Path(folder, name).write_bytes(content)
+        index_shards(Path(folder), processes=1)
+        return Path(folder, INDEX_FILE).read_bytes(), shards
+
+
+_INDEX, _SHARDS = _indexed()
+_TABLE_OF_PICTURES = pq.read_table(io.BytesIO(_INDEX))
+_DESCRIPTION = json.loads(_TABLE_OF_PICTURES.schema.metadata[b"istanas"])
+
+
 _KEYS = (
     "seed",
     "search.epochs",
@@ -469,6 +537,35 @@ def _metrics_input(random: Random) -> tuple[bytes, bytes, bytes]:
     return record, b"".join(line.replace(b"\n", b" ") + b"\n" for line in lines), environment
 
 
+def _shard_input(random: Random) -> bytes:
+    if random.random() < 0.2:
+        return damaged(random, _tar_of(_MEMBERS))
+    members = copied(_MEMBERS)
+    name, said = random.randrange(len(members)), random.choice([1, 3])
+    if random.random() < 0.3:
+        members[name][0] = text(random) + random.choice(["", ".png", ".cls"])
+    if random.random() < 0.5:
+        members[said][1] = mixed(random, [{"label": 1, "class": "cat"}], as_json).decode(errors="replace")
+    return _tar_of(changed(random, members) if random.random() < 0.3 else members)
+
+
+def _index_input(random: Random) -> bytes:
+    if random.random() < 0.2:
+        return damaged(random, _INDEX)
+    table, description = _TABLE_OF_PICTURES, as_json(_DESCRIPTION)
+    if random.random() < 0.4:
+        place = random.randrange(table.num_columns)
+        values: Any = [random.choice([0, 1, -1, 2**31 - 1, 2**62, None, 0.5])] * len(table)
+        if random.random() < 0.2:
+            values = [text(random).replace("\ud800", "")] * len(table)
+        table = table.set_column(place, table.column_names[place], [values])
+    if random.random() < 0.6:
+        description = mixed(random, [_DESCRIPTION], as_json)
+    stream = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({b"istanas": description}), stream)
+    return stream.getvalue()
+
+
 LOADERS = (
     Loader("genotype", _genotype_input, _genotype, ("genotype: not JSON",)),
     Loader("configuration", _config_input, _config, ("fuzz.yaml: not valid YAML",)),
@@ -485,6 +582,23 @@ LOADERS = (
         lambda random: mixed(random, [_TABLE], as_json),
         _latency_table,
         ("search.latency_table: fuzz.json is not a table of latencies (Invalid JSON",),
+    ),
+    Loader("shard", _shard_input, _shard, ("data.root: train/a.tar: it is truncated or damaged",)),
+    Loader(
+        "index of shards",
+        _index_input,
+        _index,
+        tuple(
+            f"data.root: index.parquet is not an index of shards ({reason}"
+            for reason in (
+                "Parquet",
+                "Couldn't deserialize",
+                "'utf-8'",
+                "Expecting",
+                "Unterminated",
+                "Invalid",
+            )
+        ),
     ),
     Loader("metrics", _metrics_input, _metrics, ("run.json: not JSON", "environment.json: not JSON")),
 )

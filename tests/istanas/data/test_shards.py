@@ -2,11 +2,14 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +23,7 @@ from istanas.data.shard_files import FolderShards
 from istanas.data.shard_index import INDEX_FILE, read_index
 from istanas.data.shard_scan import damaged_shards, index_shards
 from istanas.errors import ConfigError, DataError
+from tests.waiting import wait_until
 
 SMALL = PackSettings(shard_size=64_000)
 TURNED = 6  # EXIF's orientation of a picture whose top is on the right
@@ -218,6 +222,28 @@ def test_the_bytes_do_not_depend_on_processes_or_a_kill(folder: Path, packed: Pa
     assert not (out / PARTS).exists()
 
 
+def test_a_kill_of_the_parent_ends_its_processes_and_frees_the_folder(
+    folder: Path, packed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    arguments = (folder, out), {"processes": 2, "progress": wait_for_a_kill}
+    parent = multiprocessing.get_context("fork").Process(
+        target=packed_into, args=arguments[0], kwargs=arguments[1]
+    )
+    parent.start()
+    wait_until(lambda: any(out.glob("train/*.tar")), 60, "the first shard", alive=parent.is_alive)
+    assert parent.pid is not None
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    assert packed_into(folder, out, processes=2).written < 6
+    assert bytes_of(out) == bytes_of(packed)
+
+
+def wait_for_a_kill(done: int, total: int) -> None:
+    if done > 0:
+        signal.pause()
+
+
 def test_another_packing_is_not_mixed_in(folder: Path, copy: Path) -> None:
     before = bytes_of(copy)
     with pytest.raises(
@@ -275,7 +301,9 @@ def test_files_that_would_be_left_out_stop_the_packing(tmp_path: Path) -> None:
 # ---------- the index
 def test_an_index_from_the_shards_alone_is_the_same(packed: Path, copy: Path) -> None:
     (copy / INDEX_FILE).unlink()
-    with pytest.raises(DataError, match=r"has no index\.parquet; write one with istanas pack --index DIR"):
+    with pytest.raises(
+        DataError, match=r"has no index\.parquet; complete it with istanas pack, or write one"
+    ):
         load(copy)
     index_shards(copy, processes=1)
     assert load(copy).digest == load(packed).digest
@@ -297,6 +325,36 @@ def test_shards_of_other_programs_are_indexed(tmp_path: Path) -> None:
     assert dataset.test.paths[0] == f"{tmp_path}/val/b.tar/9/3.jpg"  # type: ignore[union-attr]
 
 
+def test_classes_with_numbers_as_names_keep_the_order_of_their_folder(tmp_path: Path) -> None:
+    """A folder sorts "10" before "2"."""
+    for split in ("train", "test"):
+        for label in range(11):
+            (tmp_path / "pictures" / split / str(label)).mkdir(parents=True)
+            textured(label, 12, 12).save(tmp_path / "pictures" / split / str(label) / "a.png")
+    out = tmp_path / "shards"
+    packed_into(tmp_path / "pictures", out)
+    files, shards = load(tmp_path / "pictures", "folder", None), load(out, size=None)
+    assert shards.class_names == files.class_names == ("0", "1", "10", *map(str, range(2, 10)))
+    assert shards.digest == files.digest
+    before = pq.read_table(out / INDEX_FILE)
+    index_shards(out, processes=1)
+    assert pq.read_table(out / INDEX_FILE).equals(before)
+
+
+def test_a_number_gets_its_name_from_any_sample(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+    write_tar(
+        tmp_path / "train" / "a.tar",
+        [("1.jpg", jpeg()), ("1.cls", b"3"), ("2.jpg", jpeg()), ("2.json", b'{"label": 1, "class": "dog"}')],
+    )
+    write_tar(tmp_path / "test" / "b.tar", [("3.jpg", jpeg()), ("3.json", b'{"label": 3, "class": "cat"}')])
+    index_shards(tmp_path, processes=1)
+    dataset = load(tmp_path)
+    assert dataset.class_names == ("dog", "cat")
+    assert [Path(name).parts[-2:] for name in dataset.train.paths] == [("dog", "2.jpg"), ("cat", "1.jpg")]  # type: ignore[union-attr]
+
+
 def jpeg(number: int = 0) -> bytes:
     stream = io.BytesIO()
     textured(number, 80, 70).save(stream, "JPEG")
@@ -313,6 +371,15 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], links: dict[str, str
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+
+
+def named(*said: str) -> list[tuple[str, bytes]]:
+    """Return samples with these JSON labels."""
+    return [
+        member
+        for place, text in enumerate(said)
+        for member in ((f"n{place}.jpg", jpeg()), (f"n{place}.json", text.encode()))
+    ]
 
 
 GOOD = [("0.jpg", jpeg()), ("0.cls", b"1")]
@@ -333,6 +400,19 @@ BAD_SHARDS: dict[str, tuple[list[tuple[str, bytes]], dict[str, str], str]] = {
     "twice": ([*GOOD, ("1.jpg", jpeg()), ("1.cls", b"1"), *GOOD], {}, "the sample 0 occurs twice"),
     "broken label": ([("1.jpg", jpeg()), ("1.json", b"{")], {}, "the label of the sample 1 cannot be read"),
     "no sample": ([], {}, "it contains no sample; delete it"),
+    "two names": (
+        named('{"label": 3, "class": "cat"}', '{"label": 3, "class": "dog"}'),
+        {},
+        "the label 3 stands for the classes cat and dog",
+    ),
+    "two numbers": (
+        named('{"label": 3, "class": "cat"}', '{"label": 4, "class": "cat"}'),
+        {},
+        "the class cat has the labels 3 and 4",
+    ),
+    "digits": ([("1.jpg", jpeg()), ("1.cls", b"1" * 5000)], {}, "cannot be read (a number of 5,000 digits)"),
+    "no text": (named(r'{"class": "\ud800"}'), {}, "the label of the sample n0 cannot be read ("),
+    "name": ([("\udce9.jpg", jpeg())], {}, r"the name of its member \udce9.jpg is not UTF-8"),
 }
 
 
@@ -350,6 +430,15 @@ def test_a_shard_that_cannot_be_used_is_named(case: str, tmp_path: Path) -> None
     assert message in text
     assert "\n" not in text
     assert not (tmp_path / INDEX_FILE).exists()
+
+
+def test_an_archive_behind_the_first_is_noticed(copy: Path) -> None:
+    path = copy / "train" / "shard-000000.tar"
+    with open(path, "ab") as file:
+        file.write(bytes(1 << 20))
+        file.write((copy / "train" / "shard-000001.tar").read_bytes())
+    with pytest.raises(DataError, match=r"shard-000000\.tar: data follow the end of the archive; write each"):
+        index_shards(copy, processes=1)
 
 
 @pytest.mark.parametrize("cut", [100, 1500, 9_000, "member"])
@@ -409,6 +498,20 @@ def edited(field: str, value: int) -> Callable[[Path], None]:
     return edit
 
 
+def described(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Return a function that changes the description in an index."""
+
+    def edit(root: Path) -> None:
+        table = pq.read_table(root / INDEX_FILE)
+        meta = json.loads(table.schema.metadata[b"istanas"])
+        change(meta)
+        pq.write_table(
+            table.replace_schema_metadata({b"istanas": json.dumps(meta).encode()}), root / INDEX_FILE
+        )
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -416,8 +519,8 @@ def edited(field: str, value: int) -> Callable[[Path], None]:
             truncate,
             r"train/shard-000001\.tar is truncated: it has 9,000 bytes, and its index says \d\d,\d\d\d",
         ),
-        (remove, r"train/shard-000001\.tar is missing; restore it, or write the index again"),
-        (add, r"train/shard-000009\.tar is not in the index; write the index again"),
+        (remove, r"train/shard-000001\.tar is missing; restore it, or run the istanas pack command"),
+        (add, r"train/shard-000009\.tar is not in the index; run the istanas pack command"),
         (exchange, r"train/shard-000001\.tar has changed since its index was written"),
         (link, r"train/shard-000001\.tar is a link that leads out of the folder"),
         (damage_index, r"index\.parquet is not an index of shards \("),
@@ -425,8 +528,19 @@ def edited(field: str, value: int) -> Callable[[Path], None]:
         (edited("offset", 1 << 40), "has 1 pictures outside of their shards"),
         (edited("label", 7), "has labels above its 3 classes"),
         (edited("shard", -1), "has pictures of more than its 6 shards"),
+        (described(lambda meta: meta.update(classes=["cat"])), "has 1 class, at least two are needed"),
+        (described(lambda meta: meta["shards"][0].update(size="9")), r"\(a shard has no size\)"),
+        (described(lambda meta: meta["shards"][0].update(name=[])), r"\(a shard has no name or digest\)"),
+        (
+            described(lambda meta: [each.update(size=512) for each in meta["shards"]]),
+            "do not fit into its shards",
+        ),
+        (described(lambda meta: meta.pop("plan")), "is not an index of shards"),
     ],
-    ids=["truncated", "missing", "added", "changed", "link", "damaged", "empty", "offset", "label", "shard"],
+    ids=[
+        *("truncated", "missing", "added", "changed", "link", "damaged", "empty", "offset", "label", "shard"),
+        *("one class", "size", "name", "rows", "plan"),
+    ],
 )
 def test_an_index_that_does_not_fit_is_refused(
     change: Callable[[Path], None], message: str, copy: Path

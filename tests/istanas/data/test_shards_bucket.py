@@ -11,6 +11,7 @@ from istanas.data import batches, load_dataset, shard_files
 from istanas.errors import ConfigError, DataError
 from pipeline.config.load import load as load_config
 from pipeline.config.load import run_hash
+from pipeline.training.pictures import data_are_missing, load_pictures
 from tests.istanas.data.test_shards import assert_equal, epoch_of, load, packed_into, write_pictures
 from tests.pipeline.runs.test_bucket import BUCKET, Server, bucket
 
@@ -47,10 +48,17 @@ def test_a_bucket_gives_the_batches_of_the_folder(packed: Path, workers: int) ->
     assert_equal(epoch_of(there, workers=workers), epoch_of(here))
 
 
-def test_small_pictures_are_read_from_a_bucket(packed: Path, tmp_path: Path) -> None:
+def test_small_pictures_are_read_from_a_bucket(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = load(packed, size=32)
-    there = load_dataset("webdataset", root=ADDRESS, image_size=32, cache_dir=tmp_path)
+    there = load_dataset("webdataset", root=ADDRESS, image_size=32, cache_dir=tmp_path / "cache")
     assert torch.equal(here.train.images, there.train.images)  # type: ignore[union-attr]
+    (cached,) = (tmp_path / "cache").iterdir()
+    monkeypatch.chdir(tmp_path)  # the cache of a bucket does not depend on the working directory
+    monkeypatch.setattr(shard_files.Members, "batches", None)
+    load_dataset("webdataset", root=f"{ADDRESS}/", image_size=32, cache_dir=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == [cached]
 
 
 def test_a_bucket_that_goes_away_ends_the_epoch_with_a_line(
@@ -100,7 +108,7 @@ def test_a_short_outage_is_waited_for(server: Server, packed: Path, monkeypatch:
 
 def test_a_bucket_that_cannot_be_used_is_named(server: Server, packed: Path) -> None:
     with pytest.raises(
-        DataError, match=r"s3://bucket/nothing has no index\.parquet; write one with istanas pack"
+        DataError, match=r"s3://bucket/nothing has no index\.parquet; complete it with istanas pack"
     ):
         load_dataset("webdataset", root=f"s3://{BUCKET}/nothing", image_size=66)
     with pytest.raises(
@@ -125,9 +133,33 @@ def test_a_bucket_that_cannot_be_used_is_named(server: Server, packed: Path) -> 
     server.client.put_object(Bucket=BUCKET, Key=f"shards/{key}", Body=content)
 
 
+def test_only_a_bucket_out_of_reach_counts_as_missing(
+    server: Server, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result of a finished run is then shown with a warning, and a changed shard is an error."""
+    monkeypatch.setattr(shard_files, "PATIENCE_S", 0.0)
+
+    def is_missing(address: str) -> bool:
+        data = load_config(None, ["data={name: webdataset, image_size: 66}", f"data.root={address}"]).data
+        with pytest.raises(DataError) as caught:
+            load_pictures(data)
+        return data_are_missing(data, caught.value)
+
+    key = "shards/train/shard-000000.tar"
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=b"")
+    assert not is_missing(ADDRESS)
+    server.client.delete_object(Bucket=BUCKET, Key=key)
+    assert not is_missing(ADDRESS)
+    server.client.put_object(Bucket=BUCKET, Key=key, Body=(packed / key.partition("/")[2]).read_bytes())
+    assert is_missing(f"s3://{BUCKET}/nothing")
+    assert is_missing("s3://nobody/shards")
+
+
 def test_the_run_directory_follows_from_the_address() -> None:
     one, same, other = (
         load_config(None, ["data.name=webdataset", f"data.root=s3://{BUCKET}/{name}"])
         for name in ("shards", "shards/", "others")
     )
+    alias = load_config(None, ["data.name=shards", f"data.root=s3://{BUCKET}/shards"])
     assert run_hash(one, "search") == run_hash(same, "search") != run_hash(other, "search")
+    assert run_hash(alias, "search") == run_hash(one, "search")

@@ -1,10 +1,12 @@
 """`istanas pack`: what it prints, its result for programs, and its refusals."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from istanas.data import load_dataset
 from tests.in_process import istanas
 from tests.istanas.data.test_shards import write_pictures
 
@@ -15,6 +17,11 @@ PACK = ("pack", "pictures", "--out", "shards", "--shard-size", "64kB", "--proces
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("pack")
     write_pictures(place / "pictures", classes=2, train=5, test=2)
+    for name, file in (("odd", "a.heic"), ("coded", "caf\udce9.jpg")):
+        write_pictures(place / name, classes=2, train=1, test=1)
+        shutil.copy(
+            place / name / "train" / "class 0" / "0.v0.jpg", place / name / "train" / "class 0" / file
+        )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
         yield place
@@ -61,13 +68,37 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
             ["pictures", "--out", "pictures/x"],
             "--out: pictures/x lies in the folder that is packed; name another",
         ),
-        (["missing", "--out", "x"], "data.root: no such folder: missing"),
+        (
+            ["missing", "--out", "x"],
+            "DIR: no such folder: missing; name a folder with train/CLASS/* and test/CLASS/*",
+        ),
+        (
+            ["pictures/train", "--out", "x"],
+            "test/CLASS/*, or let --test-fraction choose them from CLASS/*",
+        ),
+        (["odd", "--out", "x"], "or ignore them with --allow-left-out"),
+        (
+            ["coded", "--out", "x"],
+            r"DIR: the name of coded/train/class 0/caf\udce9.jpg is not UTF-8; rename the file",
+        ),
     ],
 )
 def test_wrong_arguments_are_one_line(place: Path, arguments: list[str], message: str) -> None:
-    done = istanas(place, ["pack", *arguments], code=1 if "missing" in arguments else 2)
+    code = 1 if message.startswith(("DIR: ", "test/", "or ")) else 2
+    done = istanas(place, ["pack", *arguments], code=code)
     assert message in done.stderr
     assert not (place / "x").exists()
+
+
+def test_a_folder_without_splits_is_packed(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "pictures" / "train", tmp_path / "photos")
+    arguments = ["pack", "photos", "--out", "shards", "--test-fraction", "0.4", "--processes", "1", "--json"]
+    done = istanas(tmp_path, arguments)
+    assert (done.result["pictures"], done.result["training_pictures"]) == (10, 6)
+    options = {"image_size": 66, "cache_dir": tmp_path / "cache"}
+    shards = load_dataset("webdataset", root=tmp_path / "shards", **options)  # type: ignore[arg-type]
+    files = load_dataset("folder", root=tmp_path / "photos", test_fraction=0.4, **options)  # type: ignore[arg-type]
+    assert shards.digest == files.digest
 
 
 def test_a_damaged_shard_is_named_by_the_check(place: Path, tmp_path: Path) -> None:
@@ -78,5 +109,5 @@ def test_a_damaged_shard_is_named_by_the_check(place: Path, tmp_path: Path) -> N
         file.write(os.urandom(16))
     done = istanas(tmp_path, ["pack", "--check", "shards", "--processes", "1"], code=1)
     assert done.stderr.splitlines()[-1].startswith(
-        "error: data.root: shards/train/shard-000000.tar differs from its checksum in index.parquet; copy it again"
+        "error: DIR: shards/train/shard-000000.tar differs from its checksum in index.parquet; copy it again"
     )

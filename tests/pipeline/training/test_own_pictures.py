@@ -147,7 +147,7 @@ def test_bits_of_the_training_pictures_are_written_beside_the_network(istanas: C
         Image.fromarray(np.full((8, 8), 12 * number, np.uint16)).save(file.with_suffix(".png"))
         file.unlink()
     done = istanas(*RETRAIN)
-    assert "20 pictures have more than 8 bits per pixel" in done.said
+    assert "20 pictures have more than 8 bits per channel" in done.said
     assert json.loads((done.run_dir / "network.json").read_text())["preprocessing"]["bits"] == 8
 
 
