@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageStat
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as F
 
 Bytes = NDArray[np.uint8]
 
@@ -55,16 +53,20 @@ class FastColorJitter:
     """
 
     def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
+        from torchvision.transforms import v2
+
         self._original = v2.ColorJitter(brightness, contrast, saturation, hue)
         _tables()  # before data workers are forked, so that they share them
 
     def __call__(self, picture: Image.Image) -> Image.Image:
         """Draw the order and the factors of the changes, and apply them."""
+        from torchvision.transforms.v2.functional import adjust_saturation
+
         drawn = self._original.make_params([])
         changes = (
             (_adjust_brightness, drawn["brightness_factor"]),
             (_adjust_contrast, drawn["contrast_factor"]),
-            (F.adjust_saturation, drawn["saturation_factor"]),
+            (adjust_saturation, drawn["saturation_factor"]),
             (shift_hue, drawn["hue_factor"]),
         )
         for number in drawn["fn_idx"].tolist():
@@ -105,7 +107,7 @@ def shift_hue(picture: Image.Image, factor: float) -> Image.Image:
 
     Example:
         >>> shift_hue(Image.new("RGB", (1, 1), "red"), 0.5).getpixel((0, 0))
-        (0, 252, 255)
+        (0, 255, 252)
     """
     tables = _tables()
     red, green, blue = (np.asarray(channel).ravel() for channel in picture.split())

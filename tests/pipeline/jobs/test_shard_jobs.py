@@ -17,8 +17,8 @@ from pipeline.training.loop import search_worker, trained_network
 from pipeline.training.pictures import open_dataset, settle_stems
 from pipeline.training.splits import splits_of
 from tests.istanas.data.test_shards import packed_into, write_pictures
-from tests.istanas.data.test_shards_bucket import ADDRESS, upload
-from tests.pipeline.runs.test_bucket import Server, bucket
+from tests.istanas.data.test_shards_bucket import upload
+from tests.pipeline.runs.test_bucket import BUCKET, Server, bucket
 from tests.pipeline.training.test_loop import Nobody, Watcher, decided, retrain, search, weights_of
 from tests.ranks import run_ranks
 
@@ -72,10 +72,10 @@ def searched(
 
 def test_both_stages_give_the_bits_of_the_folder(pictures: Path, server: Server, tmp_path: Path) -> None:
     shards = pictures.parent / "shards"
-    upload(server, shards, "shards")
+    upload(server, shards, "jobs")  # All modules share the bucket.
     whole = searched(pictures, tmp_path / "folder", *TWO_STAGE)
     assert searched(shards, tmp_path / "shards", *TWO_STAGE, killed_at=(1, 2)) == whole
-    assert searched(ADDRESS, tmp_path / "s3", *TWO_STAGE, killed_at=(0, 1)) == whole
+    assert searched(f"s3://{BUCKET}/jobs", tmp_path / "s3", *TWO_STAGE, killed_at=(0, 1)) == whole
 
     genotype = Genotype.from_json(whole[-1].found().genotype)
     weights = []
