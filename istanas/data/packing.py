@@ -54,7 +54,7 @@ PARTS = ".parts"
 """Folder of the rows of the shards that are complete, until the index is written."""
 
 _VERSION = 1
-_LOCK_SECONDS = 2  # the processes of a command that was killed hold its lock until they notice it
+_LOCK_SECONDS = 2  # the processes of a command that was killed may have inherited its lock, until they end
 _PLANNED = 64  # pictures whose size after resizing is measured to plan the shards
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 _OVERHEAD = 5 * _BLOCK  # headers of three members, and the contents of .cls and .json

@@ -80,7 +80,7 @@ DEFAULT_POOL = Pool()
 def _end_with_parent() -> None:
     """End this process of a pool as soon as its parent is killed.
 
-    Otherwise, it would wait for tasks for ever, and hold the locks of the files that it has inherited.
+    Otherwise, it would wait for tasks for ever, with its memory and the files that it has inherited.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

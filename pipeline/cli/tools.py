@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -156,6 +157,11 @@ def pack(
             "--out: it belongs to the picture folder DIR, "
             + ("name a folder for the shards" if folder else "leave it out")
         )
+    for name, path in (("DIR", folder), ("--out", out), ("--index", indexed), ("--check", checked)):
+        if re.match(r"\w+:/", str(path)):  # a path has lost the second slash
+            raise click.UsageError(
+                f"{name}: an address; pack into a folder, and copy it with the tool of the bucket's provider"
+            )
     from pipeline.jobs import pack as job
 
     console = console_for(as_json)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -233,8 +234,11 @@ def test_a_kill_of_the_parent_ends_its_processes_and_frees_the_folder(
     parent.start()
     wait_until(lambda: any(out.glob("train/*.tar")), 60, "the first shard", alive=parent.is_alive)
     assert parent.pid is not None
+    pool = psutil.Process(parent.pid).children()
+    assert len(pool) == 2
     os.kill(parent.pid, signal.SIGKILL)
     parent.join()
+    assert psutil.wait_procs(pool, timeout=20)[1] == [], "processes outlive the command"
     assert packed_into(folder, out, processes=2).written < 6
     assert bytes_of(out) == bytes_of(packed)
 

@@ -59,6 +59,8 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
         ([], "DIR, --index or --check: none is given, give one of them"),
         (["pictures"], "--out: it belongs to the picture folder DIR, name a folder for the shards"),
         (["--check", "shards", "--out", "x"], "--out: it belongs to the picture folder DIR, leave it out"),
+        (["pictures", "--out", "s3://bucket/x"], "--out: an address; pack into a folder, and copy it"),
+        (["--check", "s3://bucket/x"], "--check: an address; pack into a folder, and copy it"),
         (["pictures", "--index", "shards", "--out", "x"], "DIR and --index are given, give one of them"),
         (
             ["pictures", "--out", "x", "--shard-size", "1kB"],
