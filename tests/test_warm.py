@@ -93,7 +93,7 @@ def test_a_killed_client_ends_its_command(tmp_path: Path) -> None:
     client, process = asleep(tmp_path)
     client.kill()
     client.communicate(timeout=60)
-    wait_until(lambda: not psutil.pid_exists(process), 30, "the end of the command")
+    assert wait_until(lambda: not psutil.pid_exists(process), 30, "the end of the command")
 
 
 def test_a_signal_within_the_request_comes_after_it() -> None:
