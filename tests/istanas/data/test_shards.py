@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from istanas.data import Augmentation, FilePictures, ImageDataset, batches, load_dataset, shard_files
+from istanas.data import Augmentation, Batch, FilePictures, ImageDataset, batches, load_dataset, shard_files
 from istanas.data.packing import PARTS, Packed, PackSettings, pack_folder
 from istanas.data.shard_files import FolderShards
 from istanas.data.shard_index import INDEX_FILE, read_index
@@ -64,6 +64,11 @@ def bytes_of(out: Path) -> dict[str, bytes]:
 
 
 def epoch_of(dataset: ImageDataset, **options: object) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(images, labels) for images, labels, _ in loader_of(dataset, **options)]
+
+
+def loader_of(dataset: ImageDataset, **options: object) -> Iterable[Batch]:
+    """Return the training batches of an epoch."""
     settings: dict[str, object] = {
         "batch_size": 8,
         "augmentation": Augmentation(horizontal_flip=True),
@@ -73,8 +78,7 @@ def epoch_of(dataset: ImageDataset, **options: object) -> list[tuple[torch.Tenso
         "shuffle": True,
         **options,
     }
-    loader = batches(dataset, "train", None, **settings)  # type: ignore[arg-type]
-    return [(images, labels) for images, labels, _ in loader]
+    return batches(dataset, "train", None, **settings)  # type: ignore[arg-type]
 
 
 def assert_equal(one: list[tuple[torch.Tensor, ...]], other: list[tuple[torch.Tensor, ...]]) -> None:
@@ -573,17 +577,7 @@ def test_a_changed_sample_is_noticed_when_it_is_read(copy: Path) -> None:
 
 def test_a_shard_truncated_in_mid_epoch_ends_it_with_a_line(copy: Path) -> None:
     dataset = load(copy)
-    loader = batches(
-        dataset,
-        "train",
-        None,
-        batch_size=4,
-        augmentation=None,
-        device=torch.device("cpu"),
-        seed=0,
-        epoch=0,
-        shuffle=True,
-    )
+    loader = loader_of(dataset, batch_size=4, augmentation=None)
     passing = iter(loader)
     first = next(passing)
     whole = {path: path.read_bytes() for path in copy.glob("train/*.tar")}

@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from istanas.data import batches, load_dataset, shard_files
+from istanas.data import load_dataset, shard_files
 from istanas.errors import ConfigError, DataError
 from pipeline.config.load import load as load_config
 from pipeline.config.load import run_hash
 from pipeline.training.pictures import data_are_missing, load_pictures
-from tests.istanas.data.test_shards import assert_equal, epoch_of, load, packed_into, write_pictures
+from tests.istanas.data.test_shards import (
+    assert_equal,
+    epoch_of,
+    load,
+    loader_of,
+    packed_into,
+    write_pictures,
+)
 from tests.pipeline.runs.test_bucket import BUCKET, Server, bucket
 
 ADDRESS = f"s3://{BUCKET}/shards"
@@ -70,17 +77,7 @@ def test_a_bucket_that_goes_away_ends_the_epoch_with_a_line(
     """
     monkeypatch.setattr(shard_files, "PATIENCE_S", 0.0)
     dataset = load_dataset("webdataset", root=ADDRESS, image_size=66)
-    loader = batches(
-        dataset,
-        "train",
-        None,
-        batch_size=2,
-        augmentation=None,
-        device=torch.device("cpu"),
-        seed=0,
-        epoch=0,
-        shuffle=True,
-    )
+    loader = loader_of(dataset, batch_size=2, augmentation=None)
     passing = iter(loader)
     first = [next(passing)]
     server.stop()
