@@ -9,35 +9,22 @@ several processes at a time. `--summary` prints the means and runs nothing.
 
 The methods are those of the configurations beside this file. The policies share the short trainings of `measured` (its
 first fidelity, 3 epochs on 10,000 pictures), as many as fit into a core-hour, and keep the best measured architecture.
-The table is read only when a run has finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
-import json
-import resource
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
 
 from istanas.effects import Architecture, supports_of
-from istanas.space import Genotype, NasBench201Space
-from istanas.statistics import mean_interval
-from pipeline.config.yaml_files import dump, read_file
-from pipeline.jobs.truth import check_table, read_truth
-from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import CHECKPOINTS
-from pipeline.training.epoch_record import load_progress, read_records
+from istanas.space import NasBench201Space
+from pipeline.config.yaml_files import read_file
 from tests.benchmarks.effects_policies import POLICIES
 from tests.benchmarks.judges import measure
+from tests.benchmarks.scored_runs import Found, Point, Row, execute, search, summary
 
 HERE = Path(__file__).resolve().parent
 COMMON = HERE / "nas_bench_201_measured.yaml"
@@ -50,57 +37,22 @@ POLICY_ROWS = {
     "evolution": "evolution, best measured",
     "tpe": "tpe, best measured",
 }
+SEEDS = {"measured": 6, "two_stage": 4, "random_nas": 2, "darts": 2, "pc_darts": 2, "gdas": 2}
+SEEDS |= dict.fromkeys(POLICY_ROWS, 2)
+# All methods with their first seed come first.
+PLAN = [Row(method, 100 + i) for i in range(max(SEEDS.values())) for method, n in SEEDS.items() if i < n]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A run of the study."""
-
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The name of its files."""
-        return f"{self.method.replace(' ', '_')}-{self.seed}"
-
-
-@dataclass(frozen=True)
-class Point:
-    """The best architecture by what a run knew after some seconds."""
-
-    genotype: Genotype
-    seconds: float
-
-
-def plan() -> list[Row]:
-    """Return all runs; those of the most seeds of all methods first."""
-    seeds = {"measured": 6, "two_stage": 4, "random_nas": 2, "darts": 2, "pc_darts": 2, "gdas": 2}
-    seeds |= dict.fromkeys(POLICY_ROWS, 2)
-    return [Row(name, 100 + i) for i in range(max(seeds.values())) for name, n in seeds.items() if i < n]
-
-
-PLAN = plan()
-
-
-def search(row: Row, root: Path, work: Path) -> dict[str, Any]:
-    """Run `istanas search`, and return what it prints with `--json`."""
-    config = read_file(COMMON) | read_file(HERE / f"nas_bench_201_{row.method}.yaml") | {"seed": row.seed}
+def run(row: Row, root: Path, work: Path) -> Found:
+    """Run a row."""
+    if row.method in POLICY_ROWS:
+        return search_by_policy(row, root, work)
+    config = read_file(COMMON) | read_file(HERE / f"nas_bench_201_{row.method}.yaml")
     config["data"] |= {"root": str(root)}
-    config["runtime"] |= {"runs_dir": str(work / "runs")}
-    config["tracking"] = {"enabled": False}
-    file = work / f"{row.name}.yaml"
-    file.write_text(dump(config))
-    command = [sys.executable, "-m", "pipeline.cli", "search", "--config", str(file), "--json"]
-    with file.with_suffix(".log").open("a") as log:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{row.name}: exit code {done.returncode}, see {log.name}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return search(row, config, work)
 
 
-def search_by_policy(row: Row, root: Path, work: Path) -> list[Point]:
+def search_by_policy(row: Row, root: Path, work: Path) -> Found:
     """Return the best architecture after each short training; those that `work` has are not repeated."""
     space, file = NasBench201Space(), work / f"{row.name}.csv"
     done = list(csv.DictReader(file.open())) if file.exists() else []
@@ -123,90 +75,9 @@ def search_by_policy(row: Row, root: Path, work: Path) -> list[Point]:
 
         at = range(1, SHORT_TRAININGS + 1)
         best = POLICIES[POLICY_ROWS[row.method]](space, measured, at, row.seed)
-    seconds = pd.Series([float(each["seconds"]) for each in done]).cumsum()
-    found = (space.genotype(supports_of(space, kept)) for kept in best)
-    return [Point(*pair) for pair in zip(found, seconds, strict=True)]
-
-
-def found_over_time(row: Row, root: Path, work: Path) -> tuple[list[Point], float | None]:
-    """Run a row. Return the best architecture after each epoch or measurement, and the search's own accuracy."""
-    if row.method in POLICY_ROWS:
-        return search_by_policy(row, root, work), None
-    result = search(row, root, work)
-    run = RunDir(Path(result["run_dir"]))
-    points, seconds = [], 0.0
-    for record in read_records(run.path / CHECKPOINTS, load_progress(run.path / CHECKPOINTS)):
-        seconds += record.seconds
-        points.append(Point(Genotype.from_json(record.found().genotype), seconds))
-    assert points[-1].genotype == Genotype.from_dict(result["genotype"])
-    return points, result["valid_top1"]
-
-
-def execute(row: Row, table: Path, root: Path, work: Path) -> None:
-    """Run a row, score it, and add it to the tables."""
-    used = cpu_seconds()
-    points, valid = found_over_time(row, root, work)
-    used = cpu_seconds() - used
-    space = NasBench201Space()
-    truth = read_truth(table, space, check_table(table, space))
-    scores = [truth.score(point.genotype) for point in points]
-    named = {"method": row.method, "seed": row.seed}
-    append(
-        RESULTS,
-        [
-            named
-            | {
-                "architecture": space.text(points[-1].genotype),
-                "rank": scores[-1].rank,
-                "true_accuracy": scores[-1].accuracy,
-                "valid_top1": valid,
-                "seconds": round(points[-1].seconds),
-                "cpu_seconds": round(used),
-            }
-        ],
-    )
-    changes = [
-        named | {"step": step, "seconds": round(point.seconds), "rank": score.rank}
-        for step, (point, score) in enumerate(zip(points, scores, strict=True), 1)
-        if step in (1, len(points)) or score.rank != scores[step - 2].rank
-    ]
-    append(RANKS, changes)
-
-
-def cpu_seconds() -> float:
-    """Return the CPU time of this process and of the processes that it has waited for."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows to a table, while no other process does."""
-    with file.open("a", newline="") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        if stream.seek(0, 2) == 0:
-            writer.writeheader()
-        writer.writerows(rows)
-
-
-def finished() -> set[Row]:
-    """Return the runs that have a row in the results."""
-    if not RESULTS.exists():
-        return set()
-    return {Row(each["method"], int(each["seed"])) for each in csv.DictReader(RESULTS.open())}
-
-
-def summary() -> pd.DataFrame:
-    """Return the mean rank, its 95 % interval and the mean seconds of each method with at least two runs."""
-    rows = []
-    for method, own in pd.read_csv(RESULTS).groupby("method"):
-        row = {"method": method, "runs": len(own), "ranks": " ".join(map(str, own["rank"]))}
-        row |= {"mean": own["rank"].mean(), "seconds": own["seconds"].mean()}
-        if len(own) > 1:
-            interval = mean_interval(own["rank"].astype(float).tolist(), low=1, high=15625)
-            row |= {"low": interval.low, "high": interval.high}
-        rows.append(row)
-    return pd.DataFrame(rows).sort_values("mean")
+    seconds = accumulate(float(each["seconds"]) for each in done)
+    genotypes = (space.genotype(supports_of(space, kept)) for kept in best)
+    return Found([Point(*pair) for pair in zip(genotypes, seconds, strict=True)])
 
 
 def main() -> None:
@@ -221,20 +92,17 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="print the means")
     options = parser.parse_args()
     if options.summary:
-        print(summary().round(1).to_string(index=False))
+        print(summary(RESULTS))
         return
     if None in (options.table, options.root, options.work):
         parser.error("--table, --root and --work are required")
-    rows = PLAN
-    if options.row:
-        named = {f"{row.method}:{row.seed}": row for row in PLAN}
-        if unknown := [name for name in options.row if name not in named]:
-            parser.error(f"no run {unknown[0]!r}; the plan has {', '.join(named)}")
-        rows = [named[name] for name in options.row]
-    options.work.mkdir(parents=True, exist_ok=True)
-    for row in rows:
-        if row not in finished():
-            execute(row, options.table, options.root.resolve(), options.work.resolve())
+    named = {f"{row.method}:{row.seed}": row for row in PLAN}
+    if unknown := [name for name in options.row or () if name not in named]:
+        parser.error(f"no run {unknown[0]!r}; the plan has {', '.join(named)}")
+    work, root = options.work.resolve(), options.root.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    for row in [named[name] for name in options.row or named]:
+        execute(row, partial(run, row, root, work), options.table, RESULTS, RANKS)
 
 
 if __name__ == "__main__":
