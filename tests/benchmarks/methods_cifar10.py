@@ -80,9 +80,9 @@ def main() -> None:
     print((out / "table.csv").read_text())
 
 
-def copy_pictures(pictures: Path, folder: Path) -> None:
+def copy_pictures(pictures: Path, folder: Path, per_class: int = PICTURES_PER_CLASS) -> None:
     """Copy the first training pictures and all test pictures of each class."""
-    for split, most in (("train", PICTURES_PER_CLASS), ("test", None)):
+    for split, most in (("train", per_class), ("test", None)):
         for source in sorted((pictures / split).iterdir()):
             target = folder / split / source.name
             target.mkdir(parents=True, exist_ok=True)

@@ -59,25 +59,33 @@ class Found:
     valid_top1: float | None = None
 
 
-def search(row: Row, config: Mapping[str, Any], work: Path, *options: str) -> Found:
-    """Run `istanas search` with a configuration, whose run directory is in `work`."""
+def run_command(
+    command: str, row: Row, config: Mapping[str, Any], work: Path, *options: str
+) -> dict[str, Any]:
+    """Run a command with a configuration, and return what it prints with `--json`. Its run directory is in `work`."""
     tree = {**config, "seed": row.seed, "tracking": {"enabled": False}}
     tree["runtime"] = {**config["runtime"], "runs_dir": str(work / "runs")}
     file = work / f"{row.name}.yaml"
     file.write_text(dump(tree))
-    command = [sys.executable, "-m", "pipeline.cli", "search", "--config", str(file), "--json", *options]
+    words = [sys.executable, "-m", "pipeline.cli", command, "--config", str(file), "--json", *options]
     with file.with_suffix(".log").open("a") as log:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{row.name}: exit code {done.returncode}, see {log.name}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def search(row: Row, config: Mapping[str, Any], work: Path, *options: str) -> Found:
+    """Run `istanas search`, and return its architectures after each epoch."""
+    result = run_command("search", row, config, work, *options)
     folder, seconds = RunDir(Path(result["run_dir"])).path / CHECKPOINTS, 0.0
     points = []
     for record in read_records(folder, load_progress(folder)):
         seconds += record.seconds
         points.append(Point(Genotype.from_json(record.found().genotype), seconds))
     assert points[-1].genotype == Genotype.from_dict(result["genotype"])
-    return Found(points, result["valid_top1"])
+    return Found(points, result.get("valid_top1"))
 
 
 def execute(row: Row, run: Callable[[], Found], table: Path, results: Path, ranks: Path) -> None:
