@@ -17,7 +17,7 @@ from pipeline.base.extras import EXTRAS
 from pipeline.base.servers import by_proxy, unreachable
 from pipeline.base.text import count, one_line
 from pipeline.config.schema import DataSettings
-from pipeline.config.threads import threads_per_worker, usable_cores
+from pipeline.config.threads import threads_in_process, threads_per_worker, usable_cores
 from pipeline.config.workers import Node, parse_workers
 from pipeline.tracking.store import open_client, public_uri, store_uri
 
@@ -140,9 +140,12 @@ def check_threads(workers: int | str = 0, threads: int | None = None) -> Check:
         threads: Threads of each worker, as `runtime.threads`; None divides the cores among the workers.
     """
     cores, number = usable_cores(), max(parse_workers(workers).maximum, 1)
-    if threads is None:
+    in_process = parse_workers(workers).maximum == 0
+    if in_process:
+        threads = threads_in_process(threads)
+    elif threads is None:
         threads = threads_per_worker([Node(cores)], number, gpu=False)
-    of = count(number, "worker") if parse_workers(workers).maximum else "in one process"
+    of = "in one process" if in_process else count(number, "worker")
     message = f"{count(cores, 'core')} usable; {of}, {count(threads, 'thread')} each"
     if number * threads > cores:
         return Check("cores", "warn", message, f"workers x threads should not exceed {cores}")

@@ -71,7 +71,11 @@ def show_result(
         ("params", "parameters", lambda v: f"{v:,}"),
         ("macs", "multiply-adds", lambda v: f"{v:,}"),
         ("latency_ms", "predicted latency", lambda v: f"{v:.3g} ms"),
-        ("seconds", "seconds", lambda v: f"{v:.1f}"),
+        (
+            "seconds",
+            "seconds of both jobs" if "search_seconds" in result else "seconds",
+            lambda v: f"{v:.1f}",
+        ),
     ):
         if key in result:
             table.add_row(label, shown(result[key]))

@@ -373,7 +373,11 @@ class RuntimeSettings(Section):
         "throughout, without TF32, as published.",
     )
     threads: PositiveInt | None = Field(
-        None, description="CPU threads of each worker. null divides the cores among the workers."
+        None,
+        description=(
+            "CPU threads of each worker. null divides the cores among the workers; a job in one process then has "
+            "OMP_NUM_THREADS threads, or without this variable one for each core."
+        ),
     )
     activation_checkpointing: bool = Field(
         False,

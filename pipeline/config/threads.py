@@ -1,7 +1,8 @@
 """Numbers of threads of each worker and of a job in this process. The module imports neither Ray nor torch.
 
 `runtime.threads` takes precedence if it is set. Otherwise `threads_per_worker` (called by `cluster.allotment`) divides
-the cores among workers, and `threads_in_process` (called by `training.compute`) gives all of them to this process.
+the cores among workers, and `threads_in_process` (called by `training.compute`) gives all of them to this process, if
+the variable OMP_NUM_THREADS does not limit them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,22 @@ def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:
 
 
 def threads_in_process(threads: int | None) -> int:
-    """Return the number of threads of a job in this process: the setting, or else one per usable core."""
-    return usable_cores() if threads is None else threads
+    """Return the number of threads of a job in this process.
+
+    It is the setting; if that is `None`, the value of OMP_NUM_THREADS, but at most one thread per usable core; and
+    without that variable, one thread per usable core.
+
+    Args:
+        threads: `runtime.threads`.
+
+    Example:
+        >>> threads_in_process(3)
+        3
+    """
+    if threads is not None:
+        return threads
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    return min(int(limit), usable_cores()) if limit.isdecimal() and int(limit) > 0 else usable_cores()
 
 
 def usable_cores() -> int:

@@ -16,6 +16,7 @@ from istanas.data.folders import TEST_SPLITS, GivenFolder, class_pictures
 from istanas.data.reading import shown
 from istanas.errors import ConfigError
 from pipeline.base.files import atomic_write
+from pipeline.config.load import load
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
@@ -27,7 +28,7 @@ from pipeline.report.evaluation_section import evaluation_page
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import EVALUATION_PAGE, REPORT_PAGE
+from pipeline.runs.layout import CONFIG_FILE, EVALUATION_PAGE, REPORT_PAGE
 from pipeline.runs.predictor import Predictor, open_predictor
 from pipeline.training.compute import compute_for
 from pipeline.training.pictures import check_same_pictures, data_digest, datasets_used
@@ -100,6 +101,11 @@ def evaluate_folder(
         ConfigError: The folder has no classes, a class that the network does not know, or no picture.
         DataError: A folder cannot be read, or a link in it leads out of it.
     """
+    if are_training_pictures(Path(name), data):
+        say(
+            f"warning: {shown(str(data))} has the pictures of the training, so that its accuracy is too high; "
+            "without --data, the test split is measured"
+        )
     found = labelled_files(data, predictor.class_names, say)
     files, label_of = list(found), found
     used: list[str] = []
@@ -123,6 +129,21 @@ def evaluate_folder(
     atomic_write(out / EVALUATION_PAGE, evaluation_page(out, "Evaluation", f"{name} on {shown(str(data))}"))
     paths = [str(out / file) for file in (*written, EVALUATION_PAGE)]
     return EvaluateResult(network=name, evaluation=figures, broken=broken, files=paths)
+
+
+def are_training_pictures(run: Path, data: Path) -> bool:
+    """Return whether a folder is that of the pictures which a run was trained on, or its training split.
+
+    Args:
+        run: The run directory. Networks in other places do not name their pictures.
+        data: The folder.
+    """
+    if not (run / CONFIG_FILE).is_file() or (root := load(run / CONFIG_FILE).data.root) is None:
+        return False
+    splits = [data / split for split in TEST_SPLITS]
+    if any(split.is_dir() for split in splits):  # these are evaluated, and not used for training
+        return False
+    return data.resolve() in (Path(root).resolve(), Path(root).resolve() / "train")
 
 
 def check_folder(out: Path) -> None:

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
@@ -41,6 +41,7 @@ from pipeline.jobs.settings import overrides_of
 from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import decode_settings_of, describe_pictures, settle_stems, survey_of
+from pipeline.training.profiling import seconds_of, step_seconds
 
 STEPS = 5  # measured steps of each job
 CELLS = 3  # random cells whose retraining is measured, because the cell that a search will find is not known
@@ -72,10 +73,17 @@ class Candidate:
 
 
 class Measured(NamedTuple):
-    """Seconds of an epoch of search and retraining, and the peak memory of this process in bytes."""
+    """Measurements of a candidate.
+
+    Args:
+        seconds: Seconds of an epoch of the search and of the retraining.
+        memory: Peak memory of this process in bytes.
+        threads: `runtime.threads` for this measurement; `None` if it was not chosen here.
+    """
 
     seconds: tuple[float, float]
     memory: int
+    threads: Choice | None
 
 
 class NewResult(TypedDict):
@@ -120,9 +128,12 @@ def run_new(
     say = say_to(console)
     survey = _survey(root, given, console)
     drafts = _Drafts(root, survey, given, budget)
+    warnings = _too_few(survey)
+    for line in warnings:
+        say(line)
     with report_lost_workers(drafts.first.runtime.data_workers):
         candidate, measured, epochs = _choose(drafts, budget, console)
-    config, choices = drafts.config(candidate, epochs)
+    config, choices = drafts.config(candidate, epochs, measured.threads)
     retrained, searched = config.retrain.epochs, config.search.max_epochs
     seconds = (searched * measured.seconds[0], retrained * measured.seconds[1])
     lines = [
@@ -134,7 +145,7 @@ def run_new(
     ]
     place = describe_place(compute_for(config.runtime), Ranks())
     shown = out if out is not None else Path(target.name)
-    atomic_write(target, _as_yaml(config, choices, _heading(shown, drafts, place, lines)))
+    atomic_write(target, _as_yaml(config, choices, _heading(shown, drafts, place, [*lines, *warnings])))
     for line in lines:
         say(line)
     say(f"configuration: {shown}")
@@ -241,14 +252,22 @@ class _Drafts:
         """Return the epochs of search and retraining without a budget."""
         return proposal.default_epochs(self.n_used, self.batch[0])
 
-    def config(self, candidate: Candidate, epochs: tuple[int, int]) -> tuple[Config, dict[str, Choice]]:
+    def config(
+        self, candidate: Candidate, epochs: tuple[int, int], threads: Choice | None = None
+    ) -> tuple[Config, dict[str, Choice]]:
         """Return the configuration of a candidate, and its settings with their reasons."""
         choices = self._choices(candidate, epochs)
-        keys = [override.partition("=")[0] for override in self._given]
+        if threads is not None:
+            choices["runtime.threads"] = threads
+        keys = self.given_keys()
         proposed = {key: choice.value for key, choice in choices.items() if key not in keys}
         config = load(None, [*overrides_of(proposed), *self._given])
         given = {key: Choice(None, "Given with --set.") for key in keys}
         return config, {**choices, **given}
+
+    def given_keys(self) -> list[str]:
+        """Return the keys of the settings that replace the proposed ones."""
+        return [override.partition("=")[0] for override in self._given]
 
     def _choices(self, candidate: Candidate, epochs: tuple[int, int]) -> dict[str, Choice]:
         n, side = len(self.sizes), self._side(candidate)
@@ -295,7 +314,7 @@ class _Drafts:
             "search.epochs": Choice(epochs[0], "See the estimate above. Time grows in proportion."),
             "search.batch_size": Choice(
                 search_batch,
-                f"From 16 to 64; 20 steps or more in an epoch of {self.n_used // 2:,} pictures, if possible.",
+                _batch_reason(search_batch, self.n_used // 2),
             ),
             "search.init_channels": Choice(
                 networks.search[0], f"The {networks.name} size, for {n:,} training pictures {within}."
@@ -312,7 +331,7 @@ class _Drafts:
             "retrain.epochs": Choice(epochs[1], "See the estimate above. Time grows in proportion."),
             "retrain.batch_size": Choice(
                 retrain_batch,
-                f"From 16 to 64; 20 steps or more in an epoch of {self.n_used:,} pictures, if possible.",
+                _batch_reason(retrain_batch, self.n_used),
             ),
             "retrain.init_channels": Choice(
                 networks.retrain[0], f"The {networks.name} size, as in the search."
@@ -348,6 +367,24 @@ class _Drafts:
         return max(self.survey.shape(candidate.image_size))
 
 
+def _too_few(survey: Survey) -> list[str]:
+    """Return a warning for each split with too few pictures."""
+    n_classes, n = len(survey.listing.class_names), survey.listing.n_train
+    n_test = len(survey.listing.paths) - n
+    lines = []
+    if n < proposal.FEW_PER_CLASS * n_classes:
+        lines.append(
+            f"warning: {count_of(n, 'training picture')} of {n_classes} classes; a network needs some tens of each "
+            "class at least, and better hundreds"
+        )
+    if n_test < proposal.FEW_FOR_TESTING:
+        lines.append(
+            f"warning: {count_of(n_test, 'test picture')}; the 95 % interval of the test accuracy will be more than "
+            "25 points wide"
+        )
+    return lines
+
+
 def _choose(
     drafts: _Drafts, budget: float | None, console: Console
 ) -> tuple[Candidate, Measured, tuple[int, int]]:
@@ -373,7 +410,7 @@ def _choose(
         raise ConfigError(
             f"{duration(budget)} is less than an epoch of search and retraining, {duration(sum(best[1].seconds))}",
             field="--budget",
-            remedy="give more time or fewer pictures",
+            remedy="give more time or fewer pictures, or measure when no other program uses the cores",
         )
     return *best, epochs
 
@@ -387,8 +424,12 @@ def _measure(drafts: _Drafts, candidate: Candidate, console: Console) -> Measure
     jobs = ("search", "retrain")
     check_data(config, dataset, jobs)
     say_pictures(describe_pictures(config, dataset, (), ()), say)
+    say(f"measuring {candidate}")
     compute = compute_for(config.runtime)
     torch.manual_seed(derive_seed(config.seed, "epoch", 0))
+    threads = None
+    if compute.device.type == "cpu" and "runtime.threads" not in drafts.given_keys():
+        threads = _threads(make_work(config, dataset, compute))
 
     def epoch_seconds(work: Work) -> float:
         per_step, _, per_picture = measure_steps(work, STEPS, compute.device)
@@ -401,7 +442,33 @@ def _measure(drafts: _Drafts, candidate: Candidate, console: Console) -> Measure
         for seed in range(CELLS)
     )
     say(f"{candidate}: {duration(search)} for an epoch of the search, {duration(retrain)} of the retraining")
-    return Measured((search, retrain), _peak_memory(compute.device))
+    return Measured((search, retrain), _peak_memory(compute.device), threads)
+
+
+def _threads(work: Work) -> Choice | None:
+    """Use one thread or all of this process, whichever makes a step faster now, and return the setting.
+
+    Threads wait for each other, so that more of them can be slower by far where networks are small or other programs
+    use the cores. The second measurement ends after its first step if that takes twice as long.
+    """
+    most = torch.get_num_threads()
+    if most == 1:
+        return None
+    device = torch.device("cpu")
+    torch.set_num_threads(1)
+    work.train(1, lambda: None)
+    one = median(step_seconds(work.train, STEPS, device))
+    torch.set_num_threads(most)
+    several = seconds_of(lambda: work.train(1, lambda: None), device)
+    if several < 2 * one:
+        several = median(step_seconds(work.train, STEPS, device))
+    is_one_faster = one <= several
+    if is_one_faster:
+        torch.set_num_threads(1)
+    reason = (
+        f"A step of the search took {1e3 * one:.0f} ms with 1 thread, and {1e3 * several:.0f} ms with {most}."
+    )
+    return Choice(1 if is_one_faster else None, f"{reason} null uses all cores.")
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -421,12 +488,17 @@ def _heading(file: Path, drafts: _Drafts, place: str, lines: Sequence[str]) -> l
         f"{len(listing.class_names)} classes ({channels}).",
         "",
         f"  istanas run --config {file}",
-        f"  istanas run --config {file} --set retrain.epochs=40      (one setting changed)",
+        f"  istanas run --config {file} --set retrain.epochs=40 --set tracking.name={drafts.root.name}-2",
         "",
         f"Estimate from {STEPS} steps of the search and of the retraining of {CELLS} random cells:",
         f"  {place}",
         *(f"  {line}" for line in lines),
     ]
+
+
+def _batch_reason(batch: int, n: int) -> str:
+    steps = max(n // batch, 1)
+    return f"From 16 to 64; {count_of(steps, 'step')} in an epoch of {count_of(n, 'picture')}."
 
 
 def _as_yaml(config: Config, choices: Mapping[str, Choice], heading: Sequence[str]) -> str:

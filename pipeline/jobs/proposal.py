@@ -30,6 +30,12 @@ TEST_FRACTION = 0.2
 SMALL_HOLDOUT = 100
 """The smallest useful hold-out: the standard error of an accuracy, sqrt(a (1 - a) / n), is then at most 5 %."""
 
+FEW_PER_CLASS = 20
+"""With fewer training pictures of each class on average, `istanas new` warns."""
+
+FEW_FOR_TESTING = 58
+"""With fewer test pictures, it warns: at an accuracy of 50 %, the interval of Wilson is then wider than 25 points."""
+
 HOLDOUT = 0.1
 TEST_INTERVAL = 5  # epochs
 GROWTH = 2.0

@@ -155,7 +155,8 @@ def validation_note(kind: str, method: str) -> str:
     if kind != "retrain" and has_alpha_half(method):
         return (
             f"Validation accuracy of a {method.replace('_', '-')} search is measured on the alpha half: the part of "
-            "the training pictures (search.alpha_fraction) that does not train the weights."
+            "the training pictures (search.alpha_fraction) that does not train the weights. It may be low after a "
+            "short search; the accuracy of what the search found is that of its retraining."
         )
     return (
         "Validation accuracy is measured on the hold-out: the part of the training pictures (data.holdout) "

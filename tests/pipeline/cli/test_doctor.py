@@ -87,7 +87,10 @@ def test_what_pyproject_asks_for_is_known(repo_root: Path) -> None:
         ("1:1", 1, "{cores} usable; 1 worker, 1 thread each"),
     ],
 )
-def test_cores_and_the_threads_of_each_worker(workers: int | str, threads: int | None, says: str) -> None:
+def test_cores_and_the_threads_of_each_worker(
+    monkeypatch: pytest.MonkeyPatch, workers: int | str, threads: int | None, says: str
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     check = doctor.check_threads(workers, threads)
     cores = usable_cores()
     assert check.message == says.format(cores=count(cores, "core"), all_threads=count(cores, "thread"))

@@ -110,7 +110,8 @@ def test_threads_of_some_clusters(nodes: list[Node], workers: int, gpu: bool, th
 
 # ---------- this machine
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
-def test_cores_that_were_not_granted_do_not_count() -> None:
+def test_cores_that_were_not_granted_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     granted = os.sched_getaffinity(0)
     assert usable_cores() == threads_in_process(None) == len(granted)
     try:
@@ -119,6 +120,15 @@ def test_cores_that_were_not_granted_do_not_count() -> None:
         assert threads_in_process(7) == 7
     finally:
         os.sched_setaffinity(0, granted)
+
+
+@pytest.mark.parametrize(("value", "threads"), [("1", 1), ("100000", usable_cores()), ("0", usable_cores())])
+def test_omp_num_threads_limits_a_job_in_one_process(
+    monkeypatch: pytest.MonkeyPatch, value: str, threads: int
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert threads_in_process(None) == threads
+    assert threads_in_process(5) == 5, "the setting takes precedence"
 
 
 def test_a_number_and_its_noun_agree() -> None:

@@ -1,6 +1,7 @@
 """The figures of an evaluation against scikit-learn and numbers worked out by hand."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
+from pipeline.jobs.evaluate import are_training_pictures
 from pipeline.jobs.evaluation import WORST, Evaluation, evaluate
 from pipeline.report.mistakes import draw_mistakes
 
@@ -63,3 +65,18 @@ def test_the_grid_has_a_cell_for_each_picture() -> None:
     assert grid.getpixel((12 + 140, 12)) == (10, 10, 10)
     assert grid.getpixel((12 + 140, 12 + 176)) == (60, 60, 60)
     assert grid.getpixel((12 + 140 * 2, 12 + 176)) == (255, 255, 255)
+
+
+def test_pictures_of_the_training_are_recognised(tmp_path: Path) -> None:
+    """Their accuracy is too high. Where a folder has a test split, that is evaluated."""
+    run, photos = tmp_path / "run", tmp_path / "photos"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"data: {{name: folder, root: {photos}}}\n")
+    (photos / "train").mkdir(parents=True)
+    assert are_training_pictures(run, photos)
+    assert are_training_pictures(run, photos / "train")
+    assert not are_training_pictures(run, tmp_path / "others")
+    assert not are_training_pictures(tmp_path / "export", photos)
+    (photos / "test").mkdir()
+    assert not are_training_pictures(run, photos)
+    assert are_training_pictures(run, photos / "train")

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.cli.commands import run
 from pipeline.config.keys import value_at
 from pipeline.config.load import load
+from pipeline.config.threads import usable_cores
 from pipeline.jobs import proposal
 
 TINY = ("space.nodes=1", "search.layers=3", "retrain.layers=2", "runtime.threads=1", "runtime.device=cpu")
@@ -88,6 +90,32 @@ def test_class_folders_without_splits_are_divided(istanas: Command, tmp_path: Pa
     assert config.data.test_fraction == json.loads(out)["settings"]["data.test_fraction"] == 0.2
     assert "# The folder has no test split" in text
     assert "32 training and 8 test pictures" in text
+    few = "warning: 32 training pictures of 2 classes; a network needs some tens of each class at least"
+    assert few in err
+    assert f"#   {few}" in text
+    assert "warning: 8 test pictures; the 95 % interval of the test accuracy" in err
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="one core has no other number of threads")
+def test_the_faster_number_of_threads_is_in_the_file(
+    istanas: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On pictures of 16 pixels, the threads would wait for each other most of the time."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        code, _, err = istanas("letters", *(each for each in SETTINGS if "threads" not in each))
+    finally:
+        torch.set_num_threads(before)
+    assert code == 0, err
+    text = Path("letters.yaml").read_text()
+    found = re.search(r"# A step of the search took (\d+) ms with 1 thread, and (\d+) ms with (\d+)\.", text)
+    assert found is not None
+    one, several, most = map(int, found.groups())
+    assert most == usable_cores()
+    assert one <= several
+    assert load("letters.yaml").runtime.threads == 1
+    assert "1 thread, " in text, "the estimate is for the number of threads in the file"
 
 
 def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
@@ -105,7 +133,9 @@ def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
     assert code == 2
     (line,) = err.splitlines()
     assert line.startswith("error: --budget: 0.0 s is less than an epoch of search and retraining, ")
-    assert line.endswith("; give more time or fewer pictures")
+    assert line.endswith(
+        "; give more time or fewer pictures, or measure when no other program uses the cores"
+    )
     assert not (tmp_path / "short.yaml").exists()
 
 

@@ -844,7 +844,8 @@ def test_what_needs_a_gpu_is_refused_without_one(override: str, gpus: int, says:
     assert "\n" not in str(caught.value)
 
 
-def test_compute_for_sets_up_this_process() -> None:
+def test_compute_for_sets_up_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     try:
         compute = compute_for(tiny("runtime.device=auto", "runtime.threads=2").runtime)
