@@ -69,9 +69,8 @@ class Ranks:
         """
         if self.size == 1:
             return forward
-        return DistributedDataParallel(
-            _Replica(forward, parameters), forward_sync_buffers=False, gradient_as_bucket_view=True
-        )
+        # The replica has no buffers, so that none are synchronised.
+        return DistributedDataParallel(_Replica(forward, parameters), gradient_as_bucket_view=True)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sums of the values over all ranks, in float64."""
