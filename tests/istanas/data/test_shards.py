@@ -434,7 +434,7 @@ def test_a_shard_that_cannot_be_used_is_named(case: str, tmp_path: Path) -> None
     with pytest.raises(DataError) as caught:
         index_shards(tmp_path, processes=1)
     text = str(caught.value)
-    assert text.startswith(f"data.root: {tmp_path}/train/odd.tar")
+    assert text.startswith(f"--index: {tmp_path}/train/odd.tar")
     assert message in text
     assert "\n" not in text
     assert not (tmp_path / INDEX_FILE).exists()

@@ -78,6 +78,11 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
             ["pictures/train", "--out", "x"],
             "test/CLASS/*, or let --test-fraction choose them from CLASS/*",
         ),
+        (
+            ["pictures", "--out", "x", "--test-fraction", "0.2"],
+            "--test-fraction: 0.2 would divide the class folders of pictures, which has test/; set it to 0 to use the "
+            "splits of the folder, or name one of them",
+        ),
         (["odd", "--out", "x"], "or ignore them with --allow-left-out"),
         (
             ["coded", "--out", "x"],
@@ -86,7 +91,7 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_one_line(place: Path, arguments: list[str], message: str) -> None:
-    code = 1 if message.startswith(("DIR: ", "test/", "or ")) else 2
+    code = 1 if message.startswith(("DIR: ", "test/", "or ", "--test-fraction: ")) else 2
     done = istanas(place, ["pack", *arguments], code=code)
     assert message in done.stderr
     assert not (place / "x").exists()
@@ -111,5 +116,5 @@ def test_a_damaged_shard_is_named_by_the_check(place: Path, tmp_path: Path) -> N
         file.write(os.urandom(16))
     done = istanas(tmp_path, ["pack", "--check", "shards", "--processes", "1"], code=1)
     assert done.stderr.splitlines()[-1].startswith(
-        "error: DIR: shards/train/shard-000000.tar differs from its checksum in index.parquet; copy it again"
+        "error: --check: shards/train/shard-000000.tar differs from its checksum in index.parquet; copy it again"
     )
