@@ -63,6 +63,10 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
         (["--check", "s3://bucket/x"], "--check: an address; pack into a folder, and copy it"),
         (["pictures", "--index", "shards", "--out", "x"], "DIR and --index are given, give one of them"),
         (
+            ["pictures", "--out", "x", "--quality", "80"],
+            "--quality: it has an effect on reduced pictures only; add",
+        ),
+        (
             ["pictures", "--out", "x", "--shard-size", "1kB"],
             "--shard-size: '1kB' is not a size of 64kB or more",
         ),
