@@ -170,14 +170,14 @@ def write_index(
 ) -> None:
     """Write the index of a data set.
 
-    The classes have the order of their numbers if all numbers are known, and of their names otherwise.
+    The classes have the order of their names, or of their numbers if these are given.
 
     Args:
         root: The folder of the data set.
         shards: Its tar files.
         tables: The rows of each, see `rows_table`.
         plan: See `ShardIndex`.
-        numbers: Numbers of classes, by name; by default, none is known.
+        numbers: Number of each class, by name, if the classes are to have the order of their numbers.
         field: The setting or argument that names the folder, for messages.
 
     Raises:
@@ -194,8 +194,7 @@ def write_index(
         merged.append(table)
     whole = pa.concat_tables(merged)
     trained = pc.unique(whole.filter(pc.invert(whole["is_test"]))["class"]).to_pylist()
-    known = numbers or {}
-    class_names = sorted(trained, key=known.__getitem__ if all(name in known for name in trained) else None)
+    class_names = sorted(trained, key=None if numbers is None else numbers.__getitem__)
     _check_classes(root, whole, class_names, field)
     labels = pc.index_in(whole["class"], pa.array(class_names, pa.string()))
     whole = whole.drop_columns(["class"]).append_column("label", labels)

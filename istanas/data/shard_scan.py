@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS
+from istanas.data.folders import FACTS, TEST_SPLITS
 from istanas.data.pool import Pool, Progress
 from istanas.data.reading import PICTURE_SUFFIXES, Broken, Content, inspect_content, shown, unreadable
 from istanas.data.shard_files import SAMPLE, FolderShards, Shard, excerpt_of
@@ -49,6 +49,9 @@ class _Sample:
 def index_shards(root: Path, progress: Progress | None = None, processes: int | None = None) -> None:
     """Write the index of a folder of shards, `train/*.tar` and `test/*.tar` (or `val/*.tar`).
 
+    The classes have the order of their names, as in a picture folder. Only if no sample names its class, so that the
+    numbers are the names, they have the order of the numbers.
+
     Args:
         root: The folder.
         progress: Called with (shards read, shards in total).
@@ -57,6 +60,12 @@ def index_shards(root: Path, progress: Progress | None = None, processes: int | 
     Raises:
         DataError: If a shard or a sample cannot be used.
     """
+    if all((root / split).is_dir() for split in TEST_SPLITS):
+        raise DataError(
+            f"{shown(root)} has {' and '.join(f'{split}/' for split in TEST_SPLITS)}, of which one is read",
+            field=_FIELD,
+            remedy="move the other one out of the folder",
+        )
     storage = FolderShards(str(root), _FIELD)
     names = sorted(storage.sizes(), key=lambda name: (not name.startswith("train/"), name))
     if not names:
@@ -72,10 +81,11 @@ def index_shards(root: Path, progress: Progress | None = None, processes: int | 
         tables.append(table)
         if progress is not None:
             progress(len(shards), len(names))
+    is_named = any(table["class"].null_count < len(table) for table in tables)
     tables = [
         _with_names(f"{root}/{shard.name}", table, known) for shard, table in zip(shards, tables, strict=True)
     ]
-    write_index(root, shards, tables, numbers=known.numbers, field=_FIELD)
+    write_index(root, shards, tables, numbers=None if is_named else known.numbers, field=_FIELD)
 
 
 @dataclass
