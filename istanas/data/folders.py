@@ -437,13 +437,17 @@ def list_folder(
     return _listing(root, class_names, files, n_train, left_out)
 
 
-def has_class_folders_only(root: Path) -> bool:
+def has_class_folders_only(root: Path, given: GivenFolder = DATA_ROOT) -> bool:
     """Return whether a folder contains class folders and no split, so that it requires a `test_fraction`.
+
+    Args:
+        root: The folder.
+        given: How error messages name it.
 
     Raises:
         DataError: If it cannot be listed.
     """
-    names = {entry.name for entry in _entries(root) if entry.is_dir()}
+    names = {entry.name for entry in _entries(root, given) if entry.is_dir()}
     return len(names) > 1 and not names & _SPLITS
 
 

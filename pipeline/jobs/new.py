@@ -43,6 +43,7 @@ from pipeline.training.compute import compute_for, describe_place
 from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import decode_settings_of, describe_pictures, settle_stems, survey_of
 
+GIVEN = GivenFolder("DIR", "name")
 STEPS = 5  # measured steps of each job
 CELLS = 3  # random cells whose retraining is measured, because the cell that a search will find is not known
 LINE = 110  # characters of a comment
@@ -182,7 +183,7 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
                 remedy="change it in the file, or give a key of another section, such as search.epochs=10",
             )
     config = load(None, _pictures(root, given))
-    survey = survey_of(config.data, progress_on("checking", console), given=GivenFolder("DIR", "name"))
+    survey = survey_of(config.data, progress_on("checking", console), given=GIVEN)
     assert survey is not None, "a picture folder has one"
     return survey
 
@@ -190,7 +191,7 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
 def _pictures(root: Path, given: Sequence[str]) -> list[str]:
     """Return the settings that decide what the pictures are. Of a folder without splits, some are for testing."""
     known: dict[str, Any] = {"data.name": "folder", "data.root": root}
-    if has_class_folders_only(root):
+    if has_class_folders_only(root, GIVEN):
         known["data.test_fraction"] = proposal.TEST_FRACTION
     return [*overrides_of(known), *(each for each in given if each.startswith(("data.", "runtime.")))]
 
