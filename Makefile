@@ -53,7 +53,7 @@ test-oldest: ## all tests with the oldest releases that pyproject.toml allows, i
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct -e '.[dev]'
 	build/oldest/bin/python -m pytest -q -m "slow or not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(SELECT)
 
-bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (11 minutes on 2 cores, otherwise idle)
+bench: $(INSTALLED) ## speed and memory against a plain reference, as a table and bench.json (13 minutes on 2 cores, otherwise idle)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks
 
 chaos: $(INSTALLED) ## every fault on every job, and a new table in tests/README.md (an hour on 2 cores)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from istanas.errors import GenotypeError
+from istanas.files import replacing_file
 from istanas.space import Drawing, cell_drawing, kind_title, space_of
 from istanas.space.operations import OPERATIONS, OTHER_COLOUR
 
@@ -340,9 +340,8 @@ def _save(figure: Figure, folder: Path, name: str) -> list[Path]:
 
 
 def _write(path: Path, content: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    with replacing_file(path) as new:
+        new.write_bytes(content)
     return path
 
 

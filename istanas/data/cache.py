@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from istanas.files import replacing_file
 
 
 def read_cache(file: Path, state: str) -> NDArray[np.uint8] | None:
@@ -52,17 +53,9 @@ def write_cache(file: Path, state: str, array: NDArray[np.uint8]) -> None:
     header = {"state": state, "shape": list(array.shape), "sha256": _checksum(state, array.shape, array)}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.")
-        try:
-            with open(descriptor, "wb") as stream:
-                stream.write(json.dumps(header).encode() + b"\n")
-                stream.write(array.data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing_file(file) as new, open(new, "wb") as stream:
+            stream.write(json.dumps(header).encode() + b"\n")
+            stream.write(array.data)
     except OSError as error:
         # The folder is named, not the file, because Python shows a warning with the same text only once.
         warnings.warn(

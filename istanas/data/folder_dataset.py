@@ -70,6 +70,7 @@ def survey(request: DatasetRequest, keep: bool = True) -> Survey:
         progress=request.checking,
         test_fraction=request.test_fraction,
         keep=keep,
+        given=request.given,
     )
 
 

@@ -34,6 +34,7 @@ from istanas.data.reading import (
     unequal,
     unreadable,
 )
+from istanas.data.request import DATA_ROOT, GivenFolder
 from istanas.data.splits import stratified_split
 from istanas.errors import DataError
 from istanas.limits import SMALL_SIDE
@@ -69,21 +70,6 @@ FACTS = np.dtype(
 
 BRIGHTEST_SHARE = 0.01
 """The brightest training pictures are ignored, up to this share, when the number of bits is determined."""
-
-
-class GivenFolder(NamedTuple):
-    """How error messages name a picture folder.
-
-    Args:
-        field: The setting or argument that names the folder.
-        change: The words before another folder in a remedy.
-    """
-
-    field: str
-    change: str
-
-
-DATA_ROOT = GivenFolder("data.root", "set data.root to")
 
 
 class FileState(NamedTuple):
@@ -132,6 +118,7 @@ class Listing:
         left_out: Ignored files, by reason.
         kind: What the pictures lie in, in messages.
         read_from: Where large pictures are read from, in messages.
+        given: How error messages name the folder.
     """
 
     root: Path
@@ -143,6 +130,7 @@ class Listing:
     left_out: tuple[LeftOut, ...]
     kind: str = "folder"
     read_from: str = "their files"
+    given: GivenFolder = DATA_ROOT
 
     @property
     def untested(self) -> tuple[str, ...]:
@@ -206,7 +194,7 @@ class Survey:
                 f"{shown(path)} has values up to {test['peak'][int(above.argmax())]:,}, and "
                 f"{count_of(int(above.sum()), 'test picture')} in all above the {bits} bits "
                 f"(0 to {(1 << bits) - 1:,}) of the training pictures",
-                field="data.root",
+                field=self.listing.given.field,
                 remedy="scale both splits to one range",
             )
         return DecodeSettings(background, bits)
@@ -228,7 +216,7 @@ class Survey:
         (common, _), *_ = counted.most_common(1)
         for path, size in zip(self.listing.files, sizes, strict=True):
             if size != common:
-                raise unequal(path, size, common)
+                raise unequal(path, size, common, self.listing.given.field)
         return common[1], common[0]
 
     def notes(self, image_size: int | None, settings: DecodeSettings) -> Iterator[str]:
@@ -336,6 +324,7 @@ def survey_folder(
     test_fraction: float = 0.0,
     keep: bool = True,
     pool: Pool = DEFAULT_POOL,
+    given: GivenFolder = DATA_ROOT,
 ) -> Survey:
     """List a picture folder and read the header of every picture.
 
@@ -347,17 +336,18 @@ def survey_folder(
         test_fraction: See `list_folder`.
         keep: Whether new facts are written to the cache.
         pool: How the work is distributed over processes.
+        given: How error messages name the folder.
 
     Raises:
         DataError: If the folder, or a picture in it, cannot be used.
     """
-    listing = list_folder(root, allow_left_out=allow_left_out, test_fraction=test_fraction)
+    listing = list_folder(root, allow_left_out=allow_left_out, test_fraction=test_fraction, given=given)
     state = f"{_FACTS_VERSION} {listing.state}"
     file = cache_file(cache_dir, listing.place, "facts")
     cached = read_cache(file, state)
     if cached is not None and cached.shape == (len(listing.paths), FACTS.itemsize):
         return Survey(listing, cached.reshape(-1).view(FACTS))
-    facts = _inspect_all(listing.files, progress, pool)
+    facts = _inspect_all(listing.files, progress, pool, given)
     if keep:
         write_cache(file, state, facts.view(np.uint8).reshape(len(facts), FACTS.itemsize))
     return Survey(listing, facts)
@@ -376,7 +366,13 @@ def cache_file(cache_dir: Path, place: str, kind: str, *settings: object) -> Pat
     return cache_dir / f"folder-{key[:16]}.{kind}"
 
 
-def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: float = 0.0) -> Listing:
+def list_folder(
+    root: Path,
+    *,
+    allow_left_out: bool = False,
+    test_fraction: float = 0.0,
+    given: GivenFolder = DATA_ROOT,
+) -> Listing:
     """Find the classes and pictures of both splits.
 
     Args:
@@ -384,33 +380,34 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
         allow_left_out: Whether more than `LEFT_OUT_SHARE` of a class may be left out.
         test_fraction: 0 for a folder with `train/CLASS/*` and `test/CLASS/*`. Otherwise, the folder has `CLASS/*`, and
             this share of each class is the test split, the same one in every call.
+        given: How error messages name the folder.
 
     Raises:
         DataError: If the root is not a picture folder, or too many files would be left out.
     """
-    check_text(root, str(root))
+    check_text(root, str(root), given)
     if not root.is_dir():
         raise DataError(
             f"no such folder: {shown(root)}",
-            field="data.root",
-            remedy="set data.root to a folder with train/CLASS/* and test/CLASS/*",
+            field=given.field,
+            remedy=f"{given.change} a folder with train/CLASS/* and test/CLASS/*",
         )
     if test_fraction > 0:
-        return _list_classes(root, allow_left_out, test_fraction)
+        return _list_classes(root, allow_left_out, test_fraction, given)
     train = root / "train"
     test = next((root / name for name in TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
             raise DataError(
                 f"{shown(folder)} is missing",
-                field="data.root",
-                remedy=_nested_remedy(root)
+                field=given.field,
+                remedy=_nested_remedy(root, given)
                 or f"put the pictures into {'train/CLASS/* and ' if folder == train else ''}test/CLASS/*, or let "
-                f"data.test_fraction choose them from CLASS/*{'' if folder == train else ', the content of train/'}",
+                f"{given.test_fraction} choose them from CLASS/*{'' if folder == train else ', the content of train/'}",
             )
-        _refuse_link_out(folder, root)
-    class_names = _class_names(train, test, root)
-    left_out = _LeftOuts(root, allow_left_out)
+        _refuse_link_out(folder, root, given)
+    class_names = _class_names(train, test, root, given)
+    left_out = _LeftOuts(root, given, allow_left_out)
     files: list[tuple[str, int, FileState]] = []
     n_train = 0
     for folder in (train, test):
@@ -420,48 +417,54 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
             if not found and folder == train:
                 raise DataError(
                     f"{shown(folder / class_name)} contains no picture",
-                    field="data.root",
+                    field=given.field,
                     remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
                 )
             files += [(path, label, state) for path, state in found]
-        loose = [(entry.path, "outside the class folders") for entry in _entries(folder) if _is_loose(entry)]
+        loose = [
+            (entry.path, "outside the class folders") for entry in _entries(folder, given) if _is_loose(entry)
+        ]
         left_out.add(folder, len(files) - n_before, loose)
         n_train = n_train or len(files)
     if len(files) == n_train:
         raise DataError(
-            f"{shown(test)} contains no picture", field="data.root", remedy="add test pictures of the classes"
+            f"{shown(test)} contains no picture", field=given.field, remedy="add test pictures of the classes"
         )
-    for entry in _entries(root):
+    for entry in _entries(root, given):
         if entry.is_dir(follow_symlinks=False) and entry.name in _OTHER_SPLITS - {test.name}:
             why = f"in {entry.name}/, which is ignored because {test.name}/ exists"
             left_out.count((path, why) for path in _below(entry.path))
     return _listing(root, class_names, files, n_train, left_out)
 
 
-def has_class_folders_only(root: Path) -> bool:
+def has_class_folders_only(root: Path, given: GivenFolder = DATA_ROOT) -> bool:
     """Return whether a folder contains class folders and no split, so that it requires a `test_fraction`.
+
+    Args:
+        root: The folder.
+        given: How error messages name it.
 
     Raises:
         DataError: If it cannot be listed.
     """
-    names = {entry.name for entry in _entries(root) if entry.is_dir()}
+    names = {entry.name for entry in _entries(root, given) if entry.is_dir()}
     return len(names) > 1 and not names & _SPLITS
 
 
-def _list_classes(root: Path, allow_left_out: bool, test_fraction: float) -> Listing:
+def _list_classes(root: Path, allow_left_out: bool, test_fraction: float, given: GivenFolder) -> Listing:
     """Find the classes and pictures of a folder without splits, and choose its test pictures."""
     for name in sorted(_SPLITS):
         if (root / name).is_dir():
             raise DataError(
                 f"{test_fraction} would divide the class folders of {shown(root)}, which has {name}/",
-                field="data.test_fraction",
-                remedy="set it to 0 to use the splits of the folder, or set data.root to one of them",
+                field=given.test_fraction,
+                remedy=f"set it to 0 to use the splits of the folder, or {given.change} one of them",
             )
-    class_names, left_out = _class_names(root, root, root), _LeftOuts(root, allow_left_out)
+    class_names, left_out = _class_names(root, root, root, given), _LeftOuts(root, given, allow_left_out)
     files: list[tuple[str, int, FileState]] = []
     for label, class_name in enumerate(class_names):
         files += [(path, label, state) for path, state in _read_class(root / class_name, root, left_out)]
-    loose = [(entry.path, "outside the class folders") for entry in _entries(root) if _is_loose(entry)]
+    loose = [(entry.path, "outside the class folders") for entry in _entries(root, given) if _is_loose(entry)]
     left_out.add(root, len(files), loose)
     labels = torch.tensor([label for _, label, _ in files], dtype=torch.int64)
     train, test = stratified_split(labels, test_fraction, seed=0)
@@ -473,13 +476,13 @@ def _list_classes(root: Path, allow_left_out: bool, test_fraction: float) -> Lis
             raise DataError(
                 f"{shown(root / name)} contains {count_of(of_class, 'picture')}, of which none would be left for "
                 "training",
-                field="data.root",
+                field=given.field,
                 remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
             )
     if len(test) == 0:
         raise DataError(
             f"{test_fraction} of {count_of(len(files), 'picture')} is no test picture",
-            field="data.test_fraction",
+            field=given.test_fraction,
             remedy="raise it",
         )
     ordered = [files[index] for index in (*train.tolist(), *test.tolist())]
@@ -502,6 +505,7 @@ def _listing(
         n_train=n_train,
         state=sha256(json.dumps([class_names, n_train, files]).encode()),
         left_out=tuple(left_out.by_reason.values()),
+        given=left_out.given,
     )
 
 
@@ -511,11 +515,13 @@ class _LeftOuts:
 
     Args:
         root: The picture folder.
+        given: How error messages name it.
         allowed: Whether any share is accepted.
         by_reason: The files that were left out so far.
     """
 
     root: Path
+    given: GivenFolder
     allowed: bool
     by_reason: dict[str, LeftOut] = field(default_factory=dict)
 
@@ -532,8 +538,8 @@ class _LeftOuts:
             reasons = "; ".join(map(str, here.values()))
             raise DataError(
                 f"{len(files):,} of {total:,} files of {shown(folder)} would be left out ({reasons})",
-                field="data.root",
-                remedy="move or convert them, or ignore them with --set data.allow_left_out=true",
+                field=self.given.field,
+                remedy=f"move or convert them, or ignore them with {self.given.allow_left_out}",
             )
 
     def count(self, files: Iterable[tuple[str, str]]) -> None:
@@ -548,10 +554,9 @@ def _by_reason(counted: dict[str, LeftOut], files: Iterable[tuple[str, str]]) ->
     return counted
 
 
-def _read_class(
-    folder: Path, root: Path, left_out: _LeftOuts, given: GivenFolder = DATA_ROOT
-) -> list[tuple[str, FileState]]:
+def _read_class(folder: Path, root: Path, left_out: _LeftOuts) -> list[tuple[str, FileState]]:
     """Return the pictures of a class, sorted by name, as paths relative to the root."""
+    given = left_out.given
     pictures: list[tuple[str, FileState]] = []
     others: list[tuple[str, str]] = []
     prefix = folder.relative_to(root).as_posix()
@@ -582,8 +587,8 @@ def class_pictures(
     Raises:
         DataError: If the folder cannot be listed, or has a link that leads out of the root.
     """
-    left_out = _LeftOuts(root, allowed=True)
-    found = [str(root / path) for path, _ in _read_class(folder, root, left_out, given)]
+    left_out = _LeftOuts(root, given, allowed=True)
+    found = [str(root / path) for path, _ in _read_class(folder, root, left_out)]
     return found, tuple(left_out.by_reason.values())
 
 
@@ -642,32 +647,32 @@ def _below(folder: str) -> Iterator[str]:
                 yield os.path.join(where, name)
 
 
-def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
+def _class_names(train: Path, test: Path, root: Path, given: GivenFolder) -> tuple[str, ...]:
     """Return the sorted classes, which are the folders in `train`. `test` may lack some of them."""
-    class_names = _directories(train, root)
+    class_names = _directories(train, root, given)
     if len(class_names) < 2:
         raise DataError(
             f"{shown(train)} contains {count_of(len(class_names), 'class', 'classes')}, at least two are needed",
-            field="data.root",
-            remedy=_nested_remedy(train) or "give each class a folder of its own",
+            field=given.field,
+            remedy=_nested_remedy(train, given) or "give each class a folder of its own",
         )
     known: dict[str, Path] = {}
     trained = set(class_names)
     for folder in (train, test):
-        for name in _directories(folder, root) if folder == test else class_names:
+        for name in _directories(folder, root, given) if folder == test else class_names:
             form = unicodedata.normalize("NFC", name)
             twin = known.setdefault(form, folder / name)
             if twin.name != name:
                 raise DataError(
                     f"{shown(twin)} and {shown(folder / name)} are names of one class with different code points "
                     f"({_code_points(twin.name, name)})",
-                    field="data.root",
+                    field=given.field,
                     remedy="give both the same name",
                 )
             if folder == test and name not in trained:
                 raise DataError(
                     f"{shown(test / name)} is a class without a folder in {shown(train)}",
-                    field="data.root",
+                    field=given.field,
                     remedy="add one, or remove this one",
                 )
     return class_names
@@ -681,39 +686,40 @@ def _code_points(first: str, second: str) -> str:
     )
 
 
-def check_text(path: Path, name: str, what: str = "folder") -> None:
+def check_text(path: Path, name: str, given: GivenFolder = DATA_ROOT, what: str = "folder") -> None:
     """Raise an error if a name is not UTF-8, because it could not be written into files.
 
     Args:
         path: The folder or file.
         name: Its name.
+        given: How error messages name the picture folder that contains it.
         what: What it is.
     """
     try:
         name.encode()
     except UnicodeEncodeError:
         raise DataError(
-            f"the name of {shown(path)} is not UTF-8", field="data.root", remedy=f"rename the {what}"
+            f"the name of {shown(path)} is not UTF-8", field=given.field, remedy=f"rename the {what}"
         ) from None
 
 
-def _nested_remedy(folder: Path) -> str | None:
+def _nested_remedy(folder: Path, given: GivenFolder) -> str | None:
     """Return the remedy for an archive that was unpacked one level too deep, as in `photos/photos/train`."""
-    inside = [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
+    inside = [Path(entry.path) for entry in _entries(folder, given) if entry.is_dir()]
     for path in inside:
         if (path / "train").is_dir():
-            return f"set data.root={shown(path)}"
+            return f"{given.change} {shown(path)}"
         if len(inside) == 1 and path.name == folder.name:
             return f"move the folders in {shown(path)} one level up"
     return None
 
 
-def _directories(folder: Path, root: Path) -> tuple[str, ...]:
+def _directories(folder: Path, root: Path, given: GivenFolder) -> tuple[str, ...]:
     """Return the names of the folders in a folder, sorted."""
-    found = [entry for entry in _entries(folder) if entry.is_dir()]
+    found = [entry for entry in _entries(folder, given) if entry.is_dir()]
     for entry in found:
-        _refuse_link_out(entry, root)
-        check_text(Path(entry.path), entry.name)
+        _refuse_link_out(entry, root, given)
+        check_text(Path(entry.path), entry.name, given)
     return tuple(entry.name for entry in found)
 
 
@@ -746,7 +752,9 @@ def _refuse_link_out(path: Path | os.DirEntry[str], root: Path, given: GivenFold
         )
 
 
-def _inspect_all(files: Sequence[str], progress: Progress | None, pool: Pool) -> NDArray[np.void]:
+def _inspect_all(
+    files: Sequence[str], progress: Progress | None, pool: Pool, given: GivenFolder
+) -> NDArray[np.void]:
     """Read the headers of all pictures, and return (N,) records.
 
     Raises:
@@ -762,7 +770,7 @@ def _inspect_all(files: Sequence[str], progress: Progress | None, pool: Pool) ->
         if progress is not None:
             progress(done, len(files))
     if broken:
-        raise unreadable(broken[0], more=len(broken) - 1)
+        raise unreadable(broken[0], more=len(broken) - 1, field=given.field)
     return np.concatenate(facts)
 
 

@@ -38,6 +38,7 @@ from istanas.data.reading import (
     shown,
     unreadable,
 )
+from istanas.data.request import GivenFolder
 from istanas.data.shard_files import SAMPLE, SPLITS, FolderShards, Shard, excerpt_of
 from istanas.data.shard_index import (
     INDEX_FILE,
@@ -49,9 +50,13 @@ from istanas.data.shard_index import (
     write_table,
 )
 from istanas.errors import ConfigError, DataError
+from istanas.files import replacing_file
 
 PARTS = ".parts"
 """Folder of the rows of the shards that are complete, until the index is written."""
+
+GIVEN = GivenFolder("DIR", "name", "--allow-left-out", "--test-fraction")
+"""How error messages name the picture folder: as the arguments of `istanas pack`."""
 
 _VERSION = 1
 _LOCK_SECONDS = 2  # the processes of a command that was killed may have inherited its lock, until they end
@@ -155,10 +160,11 @@ def pack_folder(
         allow_left_out=allow_left_out,
         progress=checking,
         test_fraction=test_fraction,
-        pool=Pool(processes=processes),
+        pool=Pool(processes=processes, field=GIVEN.field),
+        given=GIVEN,
     )
     for path in survey.listing.paths:
-        check_text(root / path, path, "file")
+        check_text(root / path, path, GIVEN, "file")
     plan = _digest(survey, settings)
     parts = _prepared(root, out) / PARTS
     parts.mkdir(exist_ok=True)
@@ -220,13 +226,13 @@ def _pack(
     if progress is not None:
         progress(packed, len(listing.paths))
     open_tasks = [task for task in tasks if task.name not in done]
-    for (task,), found in Pool(1, 2, processes).map(_write_chunk, open_tasks):
+    for (task,), found in Pool(1, 2, processes, GIVEN.field).map(_write_chunk, open_tasks):
         done[task.name] = found
         packed += len(task.paths)
         if progress is not None:
             progress(packed, len(listing.paths))
     shards = [done[task.name][0] for task in tasks]
-    write_index(out, shards, [done[task.name][1] for task in tasks], plan=plan)
+    write_index(out, shards, [done[task.name][1] for task in tasks], plan=plan, field=GIVEN.field)
     shutil.rmtree(parts)
     return _packed(out, survey, settings, len(open_tasks))
 
@@ -234,14 +240,14 @@ def _pack(
 def _is_complete(out: Path) -> bool:
     """Return whether a folder has an index, and the shards that it describes."""
     try:
-        read_index(FolderShards(str(out)))
+        read_index(FolderShards(str(out), "--out"))
     except DataError:
         return False
     return True
 
 
 def _packed(out: Path, survey: Survey, settings: PackSettings, written: int) -> Packed:
-    index = read_index(FolderShards(str(out)))
+    index = read_index(FolderShards(str(out), "--out"))
     return Packed(
         shards=len(index.shards),
         pictures=len(index.samples),
@@ -274,7 +280,7 @@ def _check_same_plan(out: Path, plan: str) -> None:
     if index.is_file():
         with contextlib.suppress(DataError):  # a damaged index, which does not say what the shards contain
             found = None
-            found = read_table(index.read_bytes(), str(index))[1].get("plan")
+            found = read_table(index.read_bytes(), str(index), "--out")[1].get("plan")
     elif note.is_file():
         found = note.read_bytes().decode(errors="replace")
     elif any(out.glob("*/*.tar")):
@@ -287,9 +293,8 @@ def _check_same_plan(out: Path, plan: str) -> None:
             field="--out",
             remedy="name another folder, or delete it",
         )
-    temporary = note.with_suffix(".tmp")
-    temporary.write_text(plan)
-    os.replace(temporary, note)
+    with replacing_file(note) as new:
+        new.write_text(plan)
 
 
 # ---------- the plan
@@ -359,7 +364,7 @@ def _complete(out: Path, task: _Task) -> tuple[Shard, Any] | None:
     file = _part(out, task.name)
     if not file.is_file():
         return None
-    table, meta = read_table(file.read_bytes(), str(file))
+    table, meta = read_table(file.read_bytes(), str(file), "--out")
     shard = shard_of(meta["shard"])
     path = out / task.name
     if not path.is_file() or path.stat().st_size != shard.size:
@@ -380,31 +385,23 @@ def _write_shard(task: _Task) -> tuple[Shard, Any]:
     """Write a shard and its rows, each completely or not at all."""
     path = Path(task.out, task.name)
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     rows, facts, files = [], [], []
-    try:
-        with open(temporary, "w+b") as file:
-            stream = _Checked(file)
-            with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
-                for place, path_in in enumerate(task.paths):
-                    content, found, suffix = _content(
-                        Path(task.root, path_in), task.facts[place], task.settings
+    with replacing_file(path) as new, open(new, "w+b") as file:
+        stream = _Checked(file)
+        with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # type: ignore[call-overload]
+            for place, path_in in enumerate(task.paths):
+                content, found, suffix = _content(Path(task.root, path_in), task.facts[place], task.settings)
+                name = Path(path_in).name
+                files.append(name)
+                rows.append(
+                    _add_sample(
+                        tar, stream, task.first + place, content, suffix, name, task, task.labels[place]
                     )
-                    name = Path(path_in).name
-                    files.append(name)
-                    rows.append(
-                        _add_sample(
-                            tar, stream, task.first + place, content, suffix, name, task, task.labels[place]
-                        )
-                    )
-                    facts.append(found)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-            excerpt = excerpt_of(lambda offset, count: os.pread(file.fileno(), count, offset), size)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+                )
+                facts.append(found)
+        file.flush()
+        size = file.tell()
+        excerpt = excerpt_of(lambda offset, count: os.pread(file.fileno(), count, offset), size)
     shard = Shard(task.name, size, len(rows), stream.sha256.hexdigest(), excerpt)
     classes = [task.classes[label] for label in task.labels]
     table = rows_table(classes, files, np.array(rows, SAMPLE), np.array(facts, FACTS))
@@ -445,11 +442,11 @@ def _content(path: Path, facts: np.void, settings: PackSettings) -> tuple[bytes,
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise unreadable(Broken.by(str(path), error)) from error
+        raise unreadable(Broken.by(str(path), error), field=GIVEN.field) from error
     if fingerprint_of(content) != facts["fingerprint"].tobytes():
         raise DataError(
             f"{shown(path)} has changed while the folder was packed",
-            field="data.root",
+            field=GIVEN.field,
             remedy="run the command again when nothing writes to the folder",
         )
     small = settings.resize is None or min(int(facts["width"]), int(facts["height"])) <= settings.resize
@@ -458,7 +455,7 @@ def _content(path: Path, facts: np.void, settings: PackSettings) -> tuple[bytes,
     content = _resized(Content(content, str(path)), settings)
     found = inspect_content(Content(content, str(path)))
     if isinstance(found, Broken):
-        raise unreadable(found)
+        raise unreadable(found, field=GIVEN.field)
     return content, (*found[:5], np.frombuffer(found.fingerprint, np.uint8)), _SUFFIX
 
 

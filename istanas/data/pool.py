@@ -28,11 +28,13 @@ class Pool:
         chunk: Files per task. A task of 500 small pictures takes about 50 ms and returns about 1.5 MB.
         threshold: With fewer files than this, no process is started, because that would cost more than it saves.
         processes: Number of processes; by default one per usable core.
+        field: The setting or argument that names the files, for error messages.
     """
 
     chunk: int = 500
     threshold: int = 2000
     processes: int | None = None
+    field: str = "data.root"
 
     def chunks(self, paths: Sequence[Item]) -> list[Sequence[Item]]:
         """Cut the paths into tasks.
@@ -68,7 +70,7 @@ class Pool:
             yield from zip(chunks, results, strict=True)
         except BrokenProcessPool as error:
             raise DataError(
-                "a decoding process was killed", field="data.root", remedy="free some memory and try again"
+                "a decoding process was killed", field=self.field, remedy="free some memory and try again"
             ) from error
         finally:
             executor.shutdown(wait=True, cancel_futures=True)

@@ -436,17 +436,18 @@ def unreadable(broken: Broken, more: int = 0, field: str = "data.root") -> DataE
     )
 
 
-def unequal(path: str, size: tuple[int, int], others: tuple[int, int]) -> DataError:
+def unequal(path: str, size: tuple[int, int], others: tuple[int, int], field: str = "data.root") -> DataError:
     """Return the error for a picture whose size differs from the others.
 
     Args:
         path: The picture.
         size: Its (width, height).
         others: The (width, height) of the others.
+        field: The setting or argument that names the folder.
     """
     return DataError(
         f"{shown(path)} has {size[0]}x{size[1]} pixels, others have {others[0]}x{others[1]}",
-        field="data.root",
+        field=field,
         remedy=f"scale all to one size with --set data.image_size={max(others)}",
     )
 

@@ -72,9 +72,10 @@ class Shard:
 
 
 class ShardStorage(Protocol):
-    """Where shards lie."""
+    """Where shards lie. `field` is the setting or argument that names the place, for error messages."""
 
     root: str
+    field: str
     is_remote: bool
 
     def sizes(self) -> dict[str, int]:
@@ -125,19 +126,20 @@ class FolderShards:
 
     Args:
         root: The folder.
+        field: The setting or argument that names it, for error messages.
     """
 
     is_remote = False
 
-    def __init__(self, root: str) -> None:
-        self.root = root
+    def __init__(self, root: str, field: str = "data.root") -> None:
+        self.root, self.field = root, field
         self._open: OrderedDict[str, int] = OrderedDict()
         self._most = _most_open_files()
         weakref.finalize(self, _close, self._open)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return a copy without open files, for another process."""
-        return FolderShards, (self.root,)
+        return FolderShards, (self.root, self.field)
 
     def sizes(self) -> dict[str, int]:
         """Return the tar files and their sizes in bytes."""
@@ -145,9 +147,9 @@ class FolderShards:
         for split in _split_folders(self.root):
             try:
                 with os.scandir(Path(self.root, split)) as entries:
-                    found |= {f"{split}/{e.name}": _size_in(self.root, e) for e in entries if _is_tar(e.name)}
+                    found |= {f"{split}/{e.name}": self._size_of(e) for e in entries if _is_tar(e.name)}
             except OSError as error:
-                raise _unreadable(f"{self.root}/{split}", error) from error
+                raise self._unreadable(split, error) from error
         return found
 
     def read(self, name: str, offset: int, size: int) -> bytes:
@@ -158,7 +160,7 @@ class FolderShards:
             self._open.move_to_end(name)
             return os.pread(self._open[name], size, offset)
         except OSError as error:
-            raise _unreadable(f"{self.root}/{name}", error) from error
+            raise self._unreadable(name, error) from error
 
     def content(self, name: str) -> bytes:
         """Return a whole file.
@@ -172,7 +174,7 @@ class FolderShards:
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(name) from None
         except OSError as error:
-            raise _unreadable(f"{self.root}/{name}", error) from error
+            raise self._unreadable(name, error) from error
 
     def open_all(self, names: Sequence[str]) -> None:
         """Open shards by several threads, because opening a file of a network file system takes milliseconds."""
@@ -191,7 +193,7 @@ class FolderShards:
             if isinstance(found, int):
                 self._keep(name, found)
             else:
-                failed.append(_unreadable(f"{self.root}/{name}", found))
+                failed.append(self._unreadable(name, found))
         if failed:  # the files that the other threads have opened are kept, and closed with this object
             raise failed[0]
 
@@ -199,6 +201,30 @@ class FolderShards:
         self._open[name] = descriptor
         while len(self._open) > self._most:
             os.close(self._open.popitem(last=False)[1])
+
+    def _size_of(self, entry: os.DirEntry[str]) -> int:
+        """Return the size of a shard, which must be a regular file, or a link to one inside the data set."""
+        inside = os.path.realpath(self.root)
+        if entry.is_symlink() and os.path.commonpath([inside, os.path.realpath(entry.path)]) != inside:
+            raise DataError(
+                f"{shown(entry.path)} is a link that leads out of the folder",
+                field=self.field,
+                remedy="put a copy in its place",
+            )
+        if not entry.is_file():
+            raise DataError(
+                f"{shown(entry.path)} is not a file",
+                field=self.field,
+                remedy="move it out of the folder of shards",
+            )
+        return entry.stat().st_size
+
+    def _unreadable(self, name: str, error: Exception) -> DataError:
+        return DataError(
+            f"{shown(f'{self.root}/{name}')} cannot be read ({reason(error)})",
+            field=self.field,
+            remedy="check that the disk is mounted and the file is there; the same command resumes",
+        )
 
 
 def _most_open_files() -> int:
@@ -226,32 +252,6 @@ def _is_tar(name: str) -> bool:
     return name.endswith(".tar") and not name.startswith(".")
 
 
-def _size_in(root: str, entry: os.DirEntry[str]) -> int:
-    """Return the size of a shard, which must be a regular file, or a link to one inside the data set."""
-    inside = os.path.realpath(root)
-    if entry.is_symlink() and os.path.commonpath([inside, os.path.realpath(entry.path)]) != inside:
-        raise DataError(
-            f"{shown(entry.path)} is a link that leads out of the folder",
-            field="data.root",
-            remedy="put a copy in its place",
-        )
-    if not entry.is_file():
-        raise DataError(
-            f"{shown(entry.path)} is not a file",
-            field="data.root",
-            remedy="move it out of the folder of shards",
-        )
-    return entry.stat().st_size
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    return DataError(
-        f"{shown(name)} cannot be read ({reason(error)})",
-        field="data.root",
-        remedy="check that the disk is mounted and the file is there; the same command resumes",
-    )
-
-
 # ---------- buckets
 class BucketShards:
     """Shards in a bucket. An object is opened once, and several threads may read ranges of it at the same time.
@@ -260,6 +260,7 @@ class BucketShards:
         root: The address, `s3://BUCKET/PREFIX` or `gs://BUCKET/PREFIX`.
     """
 
+    field = "data.root"
     is_remote = True
 
     def __init__(self, root: str) -> None:
@@ -323,7 +324,7 @@ class BucketShards:
                     self._connection = file_system(self.root)
                 except (ValueError, TypeError) as error:
                     raise DataError(
-                        f"{self.root}: {reason(error):.200}", field="data.root", remedy="correct the address"
+                        f"{self.root}: {reason(error):.200}", field=self.field, remedy="correct the address"
                     ) from None
             return self._connection
 
@@ -356,7 +357,7 @@ class BucketShards:
             place = f"{self.root}/{name}" if name else self.root
             raise MissingDataError(
                 f"{place} cannot be read ({reason(error).partition('AWS Error ')[2] or reason(error):.200})",
-                field="data.root",
+                field=self.field,
                 remedy="check network, credentials and bucket; the same command resumes",
             ) from error
 
@@ -469,7 +470,7 @@ class Members(Sequence[bytes]):
             what = "is truncated" if len(region) < size else "has changed since its index was written"
             raise DataError(
                 f"{shown(f'{self._storage.root}/{shard}')} {what}: the picture {shown(self._names[place])} differs",
-                field="data.root",
+                field=self._storage.field,
                 remedy="restore the shard, or run the istanas pack command that has made it again",
             )
         return Content(memoryview(region)[start : start + length], self._names[place])

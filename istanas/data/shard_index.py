@@ -12,7 +12,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,6 +35,7 @@ from istanas.data.shard_files import (
     in_threads,
 )
 from istanas.errors import DataError, MissingDataError
+from istanas.files import replacing_file
 
 INDEX_FILE = "index.parquet"
 _VERSION = 1
@@ -112,27 +112,22 @@ def write_table(file: Path, table: Any, meta: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
     described = table.replace_schema_metadata({_META: json.dumps(meta).encode()})
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(described, temporary, compression="zstd", write_page_checksum=True)
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing_file(file) as new:
+        pq.write_table(described, new, compression="zstd", write_page_checksum=True)
 
 
-def read_table(content: bytes, name: str) -> tuple[Any, dict[str, Any]]:
+def read_table(content: bytes, name: str, field: str) -> tuple[Any, dict[str, Any]]:
     """Return a table and its description.
 
     Args:
         content: The content of the file.
         name: Its name, for messages.
+        field: The setting or argument that names its folder, for messages.
 
     Raises:
         DataError: If it is damaged.
     """
-    with _damage_reported(name):
+    with _damage_reported(name, field):
         file, meta = _opened(content)
         return file.read(), meta
 
@@ -150,7 +145,7 @@ def _opened(content: bytes) -> tuple[Any, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def _damage_reported(name: str) -> Iterator[None]:
+def _damage_reported(name: str, field: str) -> Iterator[None]:
     """Convert errors of a file that is no index, or damaged."""
     import pyarrow as pa
 
@@ -160,7 +155,7 @@ def _damage_reported(name: str) -> Iterator[None]:
         *(pa.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError),
         *(OverflowError, RecursionError, MemoryError),
     ) as error:
-        raise _unfit(f"{shown(name)} is not an index of shards ({reason(error):.200})") from error
+        raise _unfit(f"{shown(name)} is not an index of shards ({reason(error):.200})", field) from error
 
 
 # ---------- the whole index
@@ -171,17 +166,19 @@ def write_index(
     *,
     plan: str = "",
     numbers: Mapping[str, int] | None = None,
+    field: str = "data.root",
 ) -> None:
     """Write the index of a data set.
 
-    The classes have the order of their numbers if all numbers are known, and of their names otherwise.
+    The classes have the order of their names, or of their numbers if these are given.
 
     Args:
         root: The folder of the data set.
         shards: Its tar files.
         tables: The rows of each, see `rows_table`.
         plan: See `ShardIndex`.
-        numbers: Numbers of classes, by name; by default, none is known.
+        numbers: Number of each class, by name, if the classes are to have the order of their numbers.
+        field: The setting or argument that names the folder, for messages.
 
     Raises:
         DataError: If the two splits are not those of one data set.
@@ -197,9 +194,8 @@ def write_index(
         merged.append(table)
     whole = pa.concat_tables(merged)
     trained = pc.unique(whole.filter(pc.invert(whole["is_test"]))["class"]).to_pylist()
-    known = numbers or {}
-    class_names = sorted(trained, key=known.__getitem__ if all(name in known for name in trained) else None)
-    _check_classes(root, whole, class_names)
+    class_names = sorted(trained, key=None if numbers is None else numbers.__getitem__)
+    _check_classes(root, whole, class_names, field)
     labels = pc.index_in(whole["class"], pa.array(class_names, pa.string()))
     whole = whole.drop_columns(["class"]).append_column("label", labels)
     whole = whole.sort_by([(name, "ascending") for name in ("is_test", "label", "file", "shard", "offset")])
@@ -213,7 +209,7 @@ def write_index(
     write_table(root / INDEX_FILE, whole.drop_columns(["is_test"]), meta)
 
 
-def _check_classes(root: Path, whole: Any, class_names: Sequence[str]) -> None:
+def _check_classes(root: Path, whole: Any, class_names: Sequence[str], field: str) -> None:
     import pyarrow.compute as pc
 
     tested = pc.unique(whole.filter(whole["is_test"])["class"]).to_pylist()
@@ -228,7 +224,7 @@ def _check_classes(root: Path, whole: Any, class_names: Sequence[str]) -> None:
     if problem is not None:
         raise DataError(
             f"{shown(root)}: {problem}",
-            field="data.root",
+            field=field,
             remedy="put training shards into train/ and test shards into test/",
         )
 
@@ -245,7 +241,7 @@ def read_index(storage: ShardStorage) -> ShardIndex:
         content = storage.content(INDEX_FILE)
     except FileNotFoundError:
         raise _no_index(storage) from None
-    index = _last.parsed(content, f"{storage.root}/{INDEX_FILE}")
+    index = _last.parsed(content, f"{storage.root}/{INDEX_FILE}", storage.field)
     check_shards(storage, index)
     return index
 
@@ -256,7 +252,7 @@ class _Last:
     def __init__(self) -> None:
         self._index: tuple[str, ShardIndex] | None = None
 
-    def parsed(self, content: bytes, name: str) -> ShardIndex:
+    def parsed(self, content: bytes, name: str, field: str) -> ShardIndex:
         """Return the index in a file.
 
         Raises:
@@ -264,18 +260,18 @@ class _Last:
         """
         digest = hashlib.sha256(content).hexdigest()
         if self._index is None or self._index[0] != name or self._index[1].digest != digest:
-            self._index = name, _parsed(content, name, digest)
+            self._index = name, _parsed(content, name, digest, field)
         return self._index[1]
 
 
 _last = _Last()
 
 
-def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
+def _parsed(content: bytes, name: str, digest: str, field: str) -> ShardIndex:
     """Return the index in a file, whose columns are read one by one to save memory."""
     import pyarrow as pa
 
-    with _damage_reported(name):
+    with _damage_reported(name, field):
         file, meta = _opened(content)
         n = file.metadata.num_rows
         shards = tuple(map(shard_of, meta["shards"]))
@@ -283,16 +279,16 @@ def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
             raise ValueError(f"{n:,} pictures do not fit into its shards")
         samples, facts = np.empty(n, SAMPLE), np.empty(n, FACTS)
 
-        def column(field: str) -> Any:
-            read = file.read(columns=[field], use_threads=False)[field]
+        def column(key: str) -> Any:
+            read = file.read(columns=[key], use_threads=False)[key]
             if read.null_count:
-                raise ValueError(f"the column {field} has missing values")
+                raise ValueError(f"the column {key} has missing values")
             return read.combine_chunks()
 
-        for field in ("label", "shard", *_FILE_FIELDS):
-            samples[field] = column(field).to_numpy()
-        for field in _FACT_FIELDS:
-            facts[field] = column(field).to_numpy()
+        for key in ("label", "shard", *_FILE_FIELDS):
+            samples[key] = column(key).to_numpy()
+        for key in _FACT_FIELDS:
+            facts[key] = column(key).to_numpy()
         prints = column("fingerprint").buffers()[1]
         facts["fingerprint"] = np.frombuffer(prints, np.uint8)[: 8 * n].reshape(-1, 8)
         index = ShardIndex(
@@ -305,7 +301,7 @@ def _parsed(content: bytes, name: str, digest: str) -> ShardIndex:
             digest=digest,
             plan=str(meta["plan"]),
         )
-        _check_rows(index, name)
+        _check_rows(index, name, field)
     return index
 
 
@@ -323,7 +319,7 @@ def shard_of(said: Any) -> Shard:
     return Shard(**{key: said[key] for key in (*texts, *numbers)})
 
 
-def _check_rows(index: ShardIndex, name: str) -> None:
+def _check_rows(index: ShardIndex, name: str, field: str) -> None:
     """Check that no row of an index, which may come from a stranger, points outside of the shards."""
     samples, shards = index.samples, index.shards
     problem = None
@@ -343,12 +339,12 @@ def _check_rows(index: ShardIndex, name: str) -> None:
         ends = samples["offset"] + samples["size"]
         inside = samples["start"].astype(np.int64) + samples["length"] <= samples["size"]
         valid = inside & (ends <= sizes)
-        for field in ("offset", "start", "length"):
-            valid &= samples[field] >= 0
+        for key in ("offset", "start", "length"):
+            valid &= samples[key] >= 0
         if not valid.all():
             problem = f"has {int((~valid).sum())} pictures outside of their shards"
     if problem is not None:
-        raise _unfit(f"{shown(name)} {problem}")
+        raise _unfit(f"{shown(name)} {problem}", field)
 
 
 def check_shards(storage: ShardStorage, index: ShardIndex) -> None:
@@ -360,14 +356,15 @@ def check_shards(storage: ShardStorage, index: ShardIndex) -> None:
     there, known = storage.sizes(), {shard.name: shard for shard in index.shards}
     for name, shard in known.items():
         if name not in there:
-            raise _unfit(f"{storage.root}/{name} is missing", "restore it")
+            raise _unfit(f"{storage.root}/{name} is missing", storage.field, "restore it")
         if there[name] != shard.size:
             what = "is truncated" if there[name] < shard.size else "has grown"
             raise _unfit(
-                f"{storage.root}/{name} {what}: it has {there[name]:,} bytes, and its index says {shard.size:,}"
+                f"{storage.root}/{name} {what}: it has {there[name]:,} bytes, and its index says {shard.size:,}",
+                storage.field,
             )
     if unknown := sorted(name for name in there if name not in known and _SHARD_NAME.fullmatch(name)):
-        raise _unfit(f"{storage.root}/{unknown[0]} is not in the index")
+        raise _unfit(f"{storage.root}/{unknown[0]} is not in the index", storage.field)
     storage.open_all(list(known))
 
     def differs(shard: Shard) -> bool:
@@ -379,7 +376,8 @@ def check_shards(storage: ShardStorage, index: ShardIndex) -> None:
     )
     if any(changed):
         raise _unfit(
-            f"{storage.root}/{index.shards[changed.index(True)].name} has changed since its index was written"
+            f"{storage.root}/{index.shards[changed.index(True)].name} has changed since its index was written",
+            storage.field,
         )
 
 
@@ -387,16 +385,14 @@ def _no_index(storage: ShardStorage) -> DataError:
     if not storage.is_remote and not Path(storage.root).is_dir():
         return MissingDataError(
             f"no such folder: {shown(storage.root)}",
-            field="data.root",
-            remedy="set data.root to a folder of shards; istanas pack makes one",
+            field=storage.field,
+            remedy="name a folder of shards; istanas pack makes one",
         )
     remedy = "complete it with istanas pack, or write one for shards of another program with istanas pack --index DIR"
     if is_address(storage.root):
         remedy += f", and copy {INDEX_FILE} and the shards to the bucket"
-    return MissingDataError(f"{shown(storage.root)} has no {INDEX_FILE}", field="data.root", remedy=remedy)
+    return MissingDataError(f"{shown(storage.root)} has no {INDEX_FILE}", field=storage.field, remedy=remedy)
 
 
-def _unfit(problem: str, remedy: str | None = None) -> DataError:
-    return DataError(
-        problem, field="data.root", remedy=REINDEX if remedy is None else f"{remedy}, or {REINDEX}"
-    )
+def _unfit(problem: str, field: str, remedy: str | None = None) -> DataError:
+    return DataError(problem, field=field, remedy=REINDEX if remedy is None else f"{remedy}, or {REINDEX}")

@@ -19,13 +19,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS
+from istanas.data.folders import FACTS, TEST_SPLITS
 from istanas.data.pool import Pool, Progress
 from istanas.data.reading import PICTURE_SUFFIXES, Broken, Content, inspect_content, shown, unreadable
 from istanas.data.shard_files import SAMPLE, FolderShards, Shard, excerpt_of
 from istanas.data.shard_index import rows_table, write_index
 from istanas.errors import DataError
 
+_FIELD = "--index"  # the option of istanas pack, which names the folder
 _BLOCK = tarfile.BLOCKSIZE
 _LABELS = ("cls", "json")
 _MOST_TEXT = 1 << 20  # bytes of a label
@@ -48,6 +49,9 @@ class _Sample:
 def index_shards(root: Path, progress: Progress | None = None, processes: int | None = None) -> None:
     """Write the index of a folder of shards, `train/*.tar` and `test/*.tar` (or `val/*.tar`).
 
+    The classes have the order of their names, as in a picture folder. Only if no sample names its class, so that the
+    numbers are the names, they have the order of the numbers.
+
     Args:
         root: The folder.
         progress: Called with (shards read, shards in total).
@@ -56,25 +60,32 @@ def index_shards(root: Path, progress: Progress | None = None, processes: int | 
     Raises:
         DataError: If a shard or a sample cannot be used.
     """
-    storage = FolderShards(str(root))
+    if all((root / split).is_dir() for split in TEST_SPLITS):
+        raise DataError(
+            f"{shown(root)} has {' and '.join(f'{split}/' for split in TEST_SPLITS)}, of which one is read",
+            field=_FIELD,
+            remedy="move the other one out of the folder",
+        )
+    storage = FolderShards(str(root), _FIELD)
     names = sorted(storage.sizes(), key=lambda name: (not name.startswith("train/"), name))
     if not names:
         raise DataError(
-            f"{shown(root)}/train contains no tar file", field="data.root", remedy="name a folder of shards"
+            f"{shown(root)}/train contains no tar file", field=_FIELD, remedy="name a folder of shards"
         )
     shards, tables = [], []
     known = ClassNumbers()
-    for _, (shard, table, in_shard) in Pool(1, 2, processes).map(_scan_chunk, names, str(root)):
+    for _, (shard, table, in_shard) in Pool(1, 2, processes, _FIELD).map(_scan_chunk, names, str(root)):
         for number, name in in_shard.names.items():
             known.add(f"{root}/{shard.name}", number, name)
         shards.append(shard)
         tables.append(table)
         if progress is not None:
             progress(len(shards), len(names))
+    is_named = any(table["class"].null_count < len(table) for table in tables)
     tables = [
         _with_names(f"{root}/{shard.name}", table, known) for shard, table in zip(shards, tables, strict=True)
     ]
-    write_index(root, shards, tables, numbers=known.numbers)
+    write_index(root, shards, tables, numbers=None if is_named else known.numbers, field=_FIELD)
 
 
 @dataclass
@@ -149,7 +160,7 @@ def scan_shard(root: Path, name: str) -> tuple[Shard, Any, ClassNumbers]:
             shown_name = f"{path}/{sample.key}.{suffix}"
             found = inspect_content(Content(region[start : start + length], shown_name))
             if isinstance(found, Broken):
-                raise unreadable(found)
+                raise unreadable(found, field=_FIELD)
             if number is not None and class_name is not None:
                 known.add(path, number, class_name)
             classes.append(class_name)
@@ -281,7 +292,7 @@ def _number(text: str) -> int:
 
 
 def _bad(path: Path | str, problem: str, remedy: str = "correct the shard and write it again") -> DataError:
-    return DataError(f"{shown(path)}: {shown(problem)}", field="data.root", remedy=remedy)
+    return DataError(f"{shown(path)}: {shown(problem)}", field=_FIELD, remedy=remedy)
 
 
 def digest_of(path: Path) -> str:

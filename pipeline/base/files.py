@@ -1,13 +1,12 @@
 """Atomic writing of files, and classification of errors of the disk and of memory."""
 
-import contextlib
 import errno
 import os
 import shutil
-import uuid
 from pathlib import Path
 
 from istanas.errors import ConfigError
+from istanas.files import replacing_file, sync_directory
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -30,20 +29,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     content = data.encode() if isinstance(data, str) else data
-    # In the folder of the target, because a rename is atomic only within one file system.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        with replacing_file(target) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)  # before the error reports the free space
         raise detailed_error(error, target, len(content)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(target.parent)
 
 
 def writable_file(path: Path, field: str) -> Path:
@@ -145,20 +135,6 @@ def detailed_error(error: OSError, path: Path, needed: int) -> OSError:
             free = ""
         text = f"{text} ({needed / 1e6:.2f} MB are needed{free})"
     return OSError(f"{path}: {error}") if text is None else OSError(error.errno, text, str(path))
-
-
-def sync_directory(directory: Path) -> None:
-    """Flush a directory to the disk, so that created, renamed and deleted files survive a power failure.
-
-    Args:
-        directory: The directory. On systems that cannot open directories, this function does nothing.
-    """
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def ensure_content(path: Path, content: bytes) -> None:

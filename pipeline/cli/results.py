@@ -209,7 +209,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 )
 @click.option(
     "--tolerance",
-    type=click.FloatRange(min=0),
+    type=click.FloatRange(0, 100),
     metavar="POINTS",
     help="Largest loss of top-1 accuracy by int8, in percentage points; above it, the export is refused. "
     f"[default: {TOLERANCE_POINTS:g}]",

@@ -21,6 +21,7 @@ from pipeline.cli.options import (
     starts_over,
 )
 from pipeline.cli.output import console_for, print_json
+from pipeline.config.choices import JPEG_QUALITY
 from pipeline.jobs.settings import load_config, load_for_genotype
 
 
@@ -89,9 +90,7 @@ def new(
 @click.option(
     "--quality",
     type=click.IntRange(1, 100),
-    default=92,
-    show_default=True,
-    help="Quality of reduced pictures as JPEG.",
+    help=f"Quality of the pictures that --resize reduces, as JPEG. [default: {JPEG_QUALITY}]",
 )
 @click.option(
     "--allow-left-out",
@@ -134,7 +133,7 @@ def pack(
     out: Path | None,
     shard_size: str,
     resize: int | None,
-    quality: int,
+    quality: int | None,
     allow_left_out: bool,
     test_fraction: float,
     indexed: Path | None,
@@ -157,6 +156,10 @@ def pack(
             "--out: it belongs to the picture folder DIR, "
             + ("name a folder for the shards" if folder else "leave it out")
         )
+    if quality is not None and resize is None:
+        raise click.UsageError(
+            "--quality: it has an effect on reduced pictures only; add --resize, or leave it out"
+        )
     for name, path in (("DIR", folder), ("--out", out), ("--index", indexed), ("--check", checked)):
         if re.match(r"\w+:/", str(path)):  # a path has lost the second slash
             raise click.UsageError(
@@ -171,7 +174,7 @@ def pack(
             out,
             shard_size=job.size_in_bytes(shard_size),
             resize=resize,
-            quality=quality,
+            quality=JPEG_QUALITY if quality is None else quality,
             allow_left_out=allow_left_out,
             test_fraction=test_fraction,
             processes=processes,

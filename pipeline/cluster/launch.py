@@ -23,6 +23,7 @@ from istanas.data import ImageDataset
 from istanas.errors import IstanasError
 from istanas.space import Genotype
 from istanas.training import Metrics
+from pipeline.base.addresses import is_remote
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.text import last_line
 from pipeline.cluster.allotment import Allotment, cluster_nodes
@@ -369,12 +370,19 @@ def _on_workers(config: Config, allotment: Allotment) -> Config:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return the configuration with absolute paths of the files that it reads, which any working directory can use."""
+    """Return the configuration with absolute paths of the files that it reads, which any working directory can use.
+
+    The address of a bucket stays as it is.
+    """
     update = {}
     for name, keys in (("data", ("root", "cache_dir")), ("search", ("latency_table",))):
         section = getattr(config, name)
         paths = {key: getattr(section, key, None) for key in keys}
-        absolute = {key: str(Path(p).expanduser().resolve()) for key, p in paths.items() if p is not None}
+        absolute = {
+            key: str(Path(path).expanduser().resolve())
+            for key, path in paths.items()
+            if path is not None and not is_remote(path)
+        }
         update[name] = section.model_copy(update=absolute)
     return config.model_copy(update=update)
 

@@ -10,5 +10,8 @@ METRICS = (*HIGHER, *LOWER)
 
 DEFAULT_METRIC = "valid/top1"
 
+JPEG_QUALITY = 92
+"""Quality of the pictures that `istanas pack --resize` reduces, unless another one is given."""
+
 TOLERANCE_POINTS = 1.0
 """Default of the largest accepted loss of top-1 accuracy by a quantisation, in percentage points."""

@@ -12,8 +12,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from istanas.data.folders import TEST_SPLITS, GivenFolder, class_pictures
+from istanas.data.folders import TEST_SPLITS, class_pictures
 from istanas.data.reading import shown
+from istanas.data.request import GivenFolder
 from istanas.errors import ConfigError
 from pipeline.base.files import atomic_write
 from pipeline.config.load import load

@@ -87,7 +87,7 @@ def run_export(
         The result of `export_network`.
 
     Raises:
-        ConfigError: The run has no trained network, or the tolerance is negative or given without "int8".
+        ConfigError: The run has no trained network, or the tolerance is not 0 to 100, or given without "int8".
         DataError, CheckpointError: The pictures that a quantisation requires are missing or have changed.
         IstanasError: A package is missing, or the quantised network is not accurate enough. An earlier export is kept.
     """
@@ -98,8 +98,12 @@ def run_export(
             remedy='leave it out, or set precision="int8"',
         )
     points = TOLERANCE_POINTS if tolerance is None else tolerance
-    if not points >= 0:  # also true for NaN
-        raise ConfigError(f"{tolerance} is not a loss of accuracy", field="tolerance", remedy="use 0 or more")
+    if not 0 <= points <= 100:  # also true for NaN
+        raise ConfigError(
+            f"{tolerance} is not a loss of accuracy in percentage points",
+            field="tolerance",
+            remedy="use 0 to 100",
+        )
     say = say_to(console)
     with bucket.acquired(RunDir(bucket.local(str(run_dir))), say) as run:
         return _export(config, run, console, again, precision, points)

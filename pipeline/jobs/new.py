@@ -21,8 +21,9 @@ from rich.console import Console
 
 from istanas.data import Survey
 from istanas.data.folders import count_of, has_class_folders_only
+from istanas.data.request import GivenFolder
 from istanas.distributed import Ranks
-from istanas.errors import ConfigError, DataError
+from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.space import random_genotype
 from istanas.training import derive_seed
@@ -43,6 +44,7 @@ from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import decode_settings_of, describe_pictures, settle_stems, survey_of
 from pipeline.training.profiling import seconds_of, step_seconds
 
+GIVEN = GivenFolder("DIR", "name")
 STEPS = 5  # measured steps of each job
 CELLS = 3  # random cells whose retraining is measured, because the cell that a search will find is not known
 LINE = 110  # characters of a comment
@@ -182,7 +184,7 @@ def _target(root: Path, out: Path | None, force: bool) -> Path:
 
 
 def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
-    """Return the facts about the pictures; errors name the argument instead of the setting."""
+    """Return the facts about the pictures; errors about the folder name the argument."""
     for override in given:
         key = override.partition("=")[0]
         if key in ("method", "data.name", "data.root") or ("." not in key and key != "seed"):
@@ -191,13 +193,8 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
                 field=f"--set {override!r:.60}",
                 remedy="change it in the file, or give a key of another section, such as search.epochs=10",
             )
-    try:
-        config = load(None, _pictures(root, given))
-        survey = survey_of(config.data, progress_on("checking", console))
-    except DataError as error:
-        if error.field != "data.root":
-            raise
-        raise DataError(error.problem, field="DIR", remedy=error.remedy) from None
+    config = load(None, _pictures(root, given))
+    survey = survey_of(config.data, progress_on("checking", console), given=GIVEN)
     assert survey is not None, "a picture folder has one"
     return survey
 
@@ -205,7 +202,7 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
 def _pictures(root: Path, given: Sequence[str]) -> list[str]:
     """Return the settings that decide what the pictures are. Of a folder without splits, some are for testing."""
     known: dict[str, Any] = {"data.name": "folder", "data.root": root}
-    if has_class_folders_only(root):
+    if has_class_folders_only(root, GIVEN):
         known["data.test_fraction"] = proposal.TEST_FRACTION
     return [*overrides_of(known), *(each for each in given if each.startswith(("data.", "runtime.")))]
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,14 @@ from istanas.data.cache import default_cache_dir
 from istanas.data.packing import PackSettings, pack_folder
 from istanas.data.reading import shown
 from istanas.data.shard_files import FolderShards
-from istanas.data.shard_index import INDEX_FILE, read_index
+from istanas.data.shard_index import INDEX_FILE, ShardIndex, read_index
 from istanas.data.shard_scan import damaged_shards, index_shards
-from istanas.errors import ConfigError, DataError, IstanasError
+from istanas.errors import ConfigError, DataError
 from pipeline.config.threads import usable_cores
 from pipeline.jobs.context import say_to
 from pipeline.jobs.lifecycle import progress_on
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_ARGUMENTS = (
-    ("--set data.allow_left_out=true", "--allow-left-out"),
-    ("data.test_fraction", "--test-fraction"),
-    ("set data.root=", "name the folder "),
-    ("set data.root to", "name"),
-    ("data.root", "DIR"),
-)
 SMALLEST_SHARD = 64_000  # bytes; below, a tar file is mostly padding
 
 
@@ -56,21 +47,6 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-@contextlib.contextmanager
-def _named_as_arguments() -> Iterator[None]:
-    """Name the arguments of the command, instead of the settings of a job, in errors."""
-    try:
-        yield
-    except IstanasError as error:
-        for setting, argument in _ARGUMENTS:
-            if error.remedy is not None:
-                error.remedy = error.remedy.replace(setting, argument)
-            if error.field is not None:
-                error.field = error.field.replace(setting, argument)
-        raise
-
-
-@_named_as_arguments()
 def run_pack(
     folder: Path,
     out: Path,
@@ -119,7 +95,6 @@ def run_pack(
     }
 
 
-@_named_as_arguments()
 def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Write the index of a folder of shards.
 
@@ -127,10 +102,10 @@ def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[
         Numbers of shards, pictures and classes, and the folder.
     """
     index_shards(folder, progress_on("read", console, "shards"), processes or usable_cores())
-    return _described(folder, "indexed", console)
+    index = read_index(FolderShards(str(folder), "--index"))
+    return _described(index, folder, "indexed", console)
 
 
-@_named_as_arguments()
 def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Compare the content of every shard with the checksum in the index.
 
@@ -140,21 +115,20 @@ def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[
     Raises:
         DataError: If a shard differs.
     """
-    index = read_index(FolderShards(str(folder)))
+    index = read_index(FolderShards(str(folder), "--check"))
     progress = progress_on("checked", console, "shards")
     damaged = damaged_shards(folder, index.shards, progress, processes or usable_cores())
     if damaged:
         more = f", and {len(damaged) - 1} others" if len(damaged) > 1 else ""
         raise DataError(
             f"{shown(folder / damaged[0])} differs from its checksum in {INDEX_FILE}{more}",
-            field="data.root",
+            field="--check",
             remedy="copy it again, or run the istanas pack command that has made it again",
         )
-    return _described(folder, "intact", console)
+    return _described(index, folder, "intact", console)
 
 
-def _described(folder: Path, what: str, console: Console) -> dict[str, Any]:
-    index = read_index(FolderShards(str(folder)))
+def _described(index: ShardIndex, folder: Path, what: str, console: Console) -> dict[str, Any]:
     n, n_classes = len(index.samples), len(index.class_names)
     say_to(console)(
         f"{shown(folder)}: {len(index.shards):,} shards with {index.n_train:,} training and {n - index.n_train:,} test "

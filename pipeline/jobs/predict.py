@@ -11,8 +11,9 @@ from typing import TypedDict
 
 import torch
 
-from istanas.data.folders import GivenFolder, pictures_below
+from istanas.data.folders import pictures_below
 from istanas.data.reading import PICTURE_SUFFIXES, shown
+from istanas.data.request import GivenFolder
 from istanas.errors import ConfigError, DataError
 from pipeline.base.fitted_table import Column, FittedTable
 from pipeline.config.schema import Config

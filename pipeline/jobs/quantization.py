@@ -198,14 +198,26 @@ def read_report(folder: Path) -> Int8Report | None:
 
 
 def describe_int8(report: Int8Report) -> list[str]:
-    """Return lines for the user: the figures before and after, and on which pictures they were measured."""
+    """Return lines for the user: the figures before and after, on which pictures they were measured, and a larger file.
+
+    Example:
+        >>> figures = [OnnxFigures(bytes=size, latency_ms=1.0, top1=0.5) for size in (150_000, 160_000)]
+        >>> report = Int8Report(measured="the test split", pictures=100, calibration_pictures=10, tolerance=1.0,
+        ...                     difference=0.0, fp32=figures[0], int8=figures[1])
+        >>> describe_int8(report)[-1]
+        'int8: the file is larger than in float32, 160,000 instead of 150,000 bytes'
+    """
     before, after = report["fp32"], report["int8"]
+    larger = (
+        f"int8: the file is larger than in float32, {after['bytes']:,} instead of {before['bytes']:,} bytes"
+    )
     return [
         f"int8: {before['bytes'] / 1e6:.2f} -> {after['bytes'] / 1e6:.2f} MB, "
         f"{before['latency_ms']:.3g} -> {after['latency_ms']:.3g} ms for one picture on one CPU thread, "
         f"top-1 {100 * before['top1']:.2f} -> {100 * after['top1']:.2f} %",
         f"int8: top-1 on {report['pictures']:,} pictures, {report['measured']}; calibrated with "
         f"{report['calibration_pictures']:,} training pictures",
+        *([larger] if after["bytes"] > before["bytes"] else []),
     ]
 
 

@@ -36,8 +36,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from istanas.errors import CheckpointError
+from istanas.files import sync_directory
 from istanas.limits import CHECKPOINT_PICKLE_BYTES, RECORD_BYTES, read_at_most
-from pipeline.base.files import atomic_write, is_out_of_memory, sync_directory
+from pipeline.base.files import atomic_write, is_out_of_memory
 from pipeline.runs import epoch_log
 from pipeline.runs.directory import is_absent, unreadable_error
 from pipeline.runs.epoch_log import BrokenCheckpointWarning, LogError

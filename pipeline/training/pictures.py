@@ -21,6 +21,7 @@ from istanas.data import (
     pictures_digest,
 )
 from istanas.data.registry import DATASETS, dataset_request
+from istanas.data.request import DATA_ROOT, GivenFolder
 from istanas.distributed import Ranks
 from istanas.errors import CheckpointError, ConfigError, DataError, MissingDataError
 from istanas.limits import SMALL_SIDE
@@ -123,13 +124,20 @@ def possible_stems(config: Config) -> Iterator[Config]:
             yield with_stems(config, side)
 
 
-def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: bool = True) -> Survey | None:
+def survey_of(
+    data: DataSettings,
+    checking: Progress | None = None,
+    *,
+    keep: bool = True,
+    given: GivenFolder = DATA_ROOT,
+) -> Survey | None:
     """Return the facts in the headers of the pictures; None if the data set has to be loaded instead.
 
     Args:
         data: The settings.
         checking: Called while the headers are read.
         keep: Whether the facts are written to the cache.
+        given: How error messages name a picture folder.
 
     Raises:
         DataError: If the folder cannot be used.
@@ -148,6 +156,7 @@ def survey_of(data: DataSettings, checking: Progress | None = None, *, keep: boo
         test_fraction=data.test_fraction,
         progress=None,
         checking=checking,
+        given=given,
     )
     return survey(request, keep)
 

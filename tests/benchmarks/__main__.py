@@ -23,7 +23,7 @@ from istanas.search.sparse_coding import draw_matrices
 from istanas.space import PUBLISHED, CellSpace
 from istanas.sparse import recover_nodes
 from pipeline.training.profiling import count_flops
-from tests.benchmarks import compiled, harness, large_pictures, methods, multiprocess, reference
+from tests.benchmarks import compiled, harness, large_pictures, methods, multiprocess, reference, shards
 from tests.benchmarks.harness import Row, compare
 from tests.benchmarks.memory import peaks as measure_peaks
 from tests.benchmarks.pairs import (
@@ -242,6 +242,7 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
     "compile": lambda: compiled.retraining(8, 3, 32, 5),
     "decoding": lambda: large_pictures.decoding(256, 1.5, 3),
     "reading_memory": lambda: large_pictures.memory(128),
+    "shards": shards.measure,
     "recovery": lambda: recovery(7),
     "memory": lambda: memory(3),
     "methods": lambda: methods.costs(3),

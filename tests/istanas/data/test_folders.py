@@ -720,7 +720,9 @@ def test_any_other_name_is_that_of_a_class(name: str, tmp_path: Path, load: Load
 
 def test_a_folder_inside_a_folder_of_an_archive_is_named(tmp_path: Path, load: Load) -> None:
     write_folder(tmp_path / "pictures" / "pictures", lambda n: grey(n))
-    with pytest.raises(DataError, match=rf"train is missing; set data\.root={tmp_path}/pictures/pictures$"):
+    with pytest.raises(
+        DataError, match=rf"train is missing; set data\.root to {tmp_path}/pictures/pictures$"
+    ):
         load(tmp_path / "pictures")
     inner = tmp_path / "pictures" / "pictures"
     (inner / "train").rename(inner / "kept")

@@ -359,8 +359,19 @@ def test_a_number_gets_its_name_from_any_sample(tmp_path: Path) -> None:
     write_tar(tmp_path / "test" / "b.tar", [("3.jpg", jpeg()), ("3.json", b'{"label": 3, "class": "cat"}')])
     index_shards(tmp_path, processes=1)
     dataset = load(tmp_path)
-    assert dataset.class_names == ("dog", "cat")
-    assert [Path(name).parts[-2:] for name in dataset.train.paths] == [("dog", "2.jpg"), ("cat", "1.jpg")]  # type: ignore[union-attr]
+    assert dataset.class_names == ("cat", "dog"), "the order of the names, as in a folder, not of the numbers"
+    assert [Path(name).parts[-2:] for name in dataset.train.paths] == [("cat", "1.jpg"), ("dog", "2.jpg")]  # type: ignore[union-attr]
+
+
+def test_two_test_splits_are_not_indexed(tmp_path: Path) -> None:
+    for split in ("train", "test", "val"):
+        (tmp_path / split).mkdir()
+        write_tar(tmp_path / split / "a.tar", GOOD)
+    with pytest.raises(
+        DataError, match=r"^--index: .* has test/ and val/, of which one is read; move the other one out"
+    ):
+        index_shards(tmp_path, processes=1)
+    assert not (tmp_path / INDEX_FILE).exists()
 
 
 def jpeg(number: int = 0) -> bytes:
@@ -434,7 +445,7 @@ def test_a_shard_that_cannot_be_used_is_named(case: str, tmp_path: Path) -> None
     with pytest.raises(DataError) as caught:
         index_shards(tmp_path, processes=1)
     text = str(caught.value)
-    assert text.startswith(f"data.root: {tmp_path}/train/odd.tar")
+    assert text.startswith(f"--index: {tmp_path}/train/odd.tar")
     assert message in text
     assert "\n" not in text
     assert not (tmp_path / INDEX_FILE).exists()

@@ -124,8 +124,10 @@ def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> Non
     assert set(files) == {"safetensors", "program", "onnx"}
     assert all(file.stat().st_size > 0 for file in files.values())
     assert pipeline.export(trained.path, quiet=True) == files
-    with pytest.raises(ConfigError, match=r"^tolerance: -1 is not a loss of accuracy; use 0 or more$"):
-        pipeline.export(trained, precision="int8", tolerance=-1)
+    for tolerance in (-1.0, math.inf, math.nan):
+        line = f"^tolerance: {tolerance} is not a loss of accuracy in percentage points; use 0 to 100$"
+        with pytest.raises(ConfigError, match=line):
+            pipeline.export(trained, precision="int8", tolerance=tolerance)
     with pytest.raises(
         ConfigError, match=r'^tolerance: 0\.5 has no effect, .*; leave it out, or set precision="int8"$'
     ):

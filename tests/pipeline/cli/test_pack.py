@@ -63,6 +63,10 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
         (["--check", "s3://bucket/x"], "--check: an address; pack into a folder, and copy it"),
         (["pictures", "--index", "shards", "--out", "x"], "DIR and --index are given, give one of them"),
         (
+            ["pictures", "--out", "x", "--quality", "80"],
+            "--quality: it has an effect on reduced pictures only; add",
+        ),
+        (
             ["pictures", "--out", "x", "--shard-size", "1kB"],
             "--shard-size: '1kB' is not a size of 64kB or more",
         ),
@@ -78,6 +82,11 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
             ["pictures/train", "--out", "x"],
             "test/CLASS/*, or let --test-fraction choose them from CLASS/*",
         ),
+        (
+            ["pictures", "--out", "x", "--test-fraction", "0.2"],
+            "--test-fraction: 0.2 would divide the class folders of pictures, which has test/; set it to 0 to use the "
+            "splits of the folder, or name one of them",
+        ),
         (["odd", "--out", "x"], "or ignore them with --allow-left-out"),
         (
             ["coded", "--out", "x"],
@@ -86,7 +95,7 @@ def test_a_folder_is_packed_checked_and_used(place: Path) -> None:
     ],
 )
 def test_wrong_arguments_are_one_line(place: Path, arguments: list[str], message: str) -> None:
-    code = 1 if message.startswith(("DIR: ", "test/", "or ")) else 2
+    code = 1 if message.startswith(("DIR: ", "test/", "or ", "--test-fraction: ")) else 2
     done = istanas(place, ["pack", *arguments], code=code)
     assert message in done.stderr
     assert not (place / "x").exists()
@@ -111,5 +120,5 @@ def test_a_damaged_shard_is_named_by_the_check(place: Path, tmp_path: Path) -> N
         file.write(os.urandom(16))
     done = istanas(tmp_path, ["pack", "--check", "shards", "--processes", "1"], code=1)
     assert done.stderr.splitlines()[-1].startswith(
-        "error: DIR: shards/train/shard-000000.tar differs from its checksum in index.parquet; copy it again"
+        "error: --check: shards/train/shard-000000.tar differs from its checksum in index.parquet; copy it again"
     )

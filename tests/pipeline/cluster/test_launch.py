@@ -99,6 +99,8 @@ def test_workers_receive_the_chosen_resources_and_absolute_paths() -> None:
     assert (sent.runtime.device, sent.runtime.threads) == ("cpu", 1)
     assert sent.data.root == str(Path("pictures").resolve())
     assert value_at(sent, "search.latency_table") == str(Path("table.json").resolve())
+    bucket = load(None, ["runtime.workers=2", "data.name=webdataset", "data.root=s3://bucket/shards"])
+    assert _on_workers(bucket, allotment(bucket.runtime, [Node(2)])).data.root == "s3://bucket/shards"
 
 
 def test_a_machine_holds_two_workers_a_core_unless_threads_are_set() -> None:

@@ -145,6 +145,7 @@ def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
         (["absent"], 2, "DIR: no such folder: "),
         (["letters/train/bars"], 1, "DIR: .*letters/train/bars/train is missing; "),
         (["empty"], 1, "DIR: .*empty/train/ant contains no picture; add some"),
+        (["unpacked"], 1, "DIR: .*unpacked/train is missing; name .*/unpacked/photos$"),
         (["single"], 1, "DIR: .*single/train contains 1 class, at least two are needed; "),
         (["letters", "--budget", "2 hours"], 2, "--budget: '2 hours' is not a time; give minutes"),
         (["letters", "--budget", "0h"], 2, "--budget: '0h' is not a time; "),
@@ -159,7 +160,7 @@ def test_bad_input_is_a_one_line_error(
     istanas: Command, tmp_path: Path, arguments: list[str], code: int, says: str
 ) -> None:
     for split in ("train", "test"):
-        for name in ("empty/{}/ant", "empty/{}/bee", "single/{}/ant"):
+        for name in ("empty/{}/ant", "empty/{}/bee", "single/{}/ant", "unpacked/photos/{}/ant"):
             (tmp_path / name.format(split)).mkdir(parents=True)
     found, _, err = istanas(*arguments)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]

@@ -264,6 +264,13 @@ def test_an_inaccurate_8_bit_network_leaves_nothing(project: Project, istanas: C
     assert "int8" not in (project.run / "run.json").read_text()
     code, _, err = istanas("export", str(project.run), "--tolerance", "2")
     assert (code, "--tolerance: only --precision int8 changes the accuracy" in err) == (2, True)
+    for tolerance in ("-1", "inf", "nan"):
+        code, out, err = istanas(
+            "export", str(project.run), "--precision", "int8", "--tolerance", tolerance, "--json"
+        )
+        lines = err.splitlines()
+        assert (code, out, len(lines)) == (2, "", 1), err
+        assert "tolerance" in lines[0]
 
 
 # ---------- evaluations
