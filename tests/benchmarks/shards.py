@@ -97,14 +97,15 @@ def slow_opens() -> Iterator[None]:
         yield
 
 
-def reading(folder: Path, shards: Path, cache: Path) -> list[Row]:
+def reading(folder: Path, shards: Path, scaled: Path, cache: Path) -> list[Row]:
+    """Compare shards of the whole pictures, and of pictures that were scaled to 256 pixels, with the folder."""
     files = load_dataset("folder", root=folder, image_size=224, cache_dir=cache)
     packed = load_dataset("webdataset", root=shards, image_size=224, cache_dir=cache)
     n = len(packed.train)
 
-    def fresh(work: Callable[[ImageDataset], None]) -> Callable[[], None]:
+    def fresh(work: Callable[[ImageDataset], None], root: Path = shards) -> Callable[[], None]:
         """Open the shards again in every round, as each job does once."""
-        return lambda: work(load_dataset("webdataset", root=shards, image_size=224, cache_dir=cache))
+        return lambda: work(load_dataset("webdataset", root=root, image_size=224, cache_dir=cache))
 
     rows = [
         compare(
@@ -116,10 +117,18 @@ def reading(folder: Path, shards: Path, cache: Path) -> list[Row]:
             per=n,
         ),
         compare(
+            "shards scaled to 256 pixels against folder, 224x224, local disk",
+            fresh(epoch_of, scaled),
+            lambda: epoch_of(files),
+            None,
+            rounds=ROUNDS,
+            per=n,
+        ),
+        compare(
             "reading only, local disk",
             lambda: read_all(packed),
             lambda: read_all(files),
-            1.0,
+            None,
             rounds=ROUNDS,
             per=n,
         ),
@@ -131,6 +140,14 @@ def reading(folder: Path, shards: Path, cache: Path) -> list[Row]:
                 fresh(epoch_of),
                 lambda: epoch_of(files),
                 5.0,
+                rounds=ROUNDS,
+                per=n,
+            ),
+            compare(
+                "shards scaled to 256 pixels against folder, 224x224, 10 ms per open",
+                fresh(epoch_of, scaled),
+                lambda: epoch_of(files),
+                None,
                 rounds=ROUNDS,
                 per=n,
             ),
@@ -254,7 +271,9 @@ def measure() -> list[Row]:
         place = Path(temporary)
         folder, shards, cache = write_folder(place / "pictures", PICTURES), place / "shards", place / "cache"
         pack_folder(folder, shards, PackSettings(2_000_000), cache_dir=cache)
-        rows = reading(folder, shards, cache)
+        scaled = place / "scaled"
+        pack_folder(folder, scaled, PackSettings(2_000_000, resize=256, quality=92), cache_dir=cache)
+        rows = reading(folder, shards, scaled, cache)
         write_large_index(place / "large")
         runs = [measured_apart("start-up", place / "large") for _ in range(ROUNDS)]
         seconds, cpu = (statistics.median(run[key] for run in runs) for key in ("seconds", "cpu_seconds"))
