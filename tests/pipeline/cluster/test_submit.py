@@ -192,7 +192,7 @@ def test_a_password_is_neither_sent_nor_shown(monkeypatch: pytest.MonkeyPatch) -
     [
         (["serch"], "COMMAND: 'serch' can't be submitted, choose search, retrain, run, sweep"),
         (["ui"], "COMMAND: 'ui' can't be submitted"),
-        (["search", "--bogus"], "No such option '--bogus'. See: istanas search --help"),
+        (["search", "--bogus"], "See: istanas search --help"),  # before it, releases of click differ
         (["search", "--workers", "4:1"], "'4:1' is not a number"),
         (["search", "--set", "search.epoch=3"], "did you mean epochs?"),
         (["search", "--config", "absent.yaml"], "absent.yaml: cannot be read"),
@@ -207,7 +207,7 @@ def test_a_wrong_command_is_rejected_as_if_it_ran_here(
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert says in line
-    if "--bogus" in says:  # word for word
+    if "--bogus" in arguments:  # word for word
         run(arguments)
         assert capsys.readouterr().err == line
 
