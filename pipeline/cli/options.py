@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -12,7 +12,45 @@ from click.shell_completion import CompletionItem
 from istanas.errors import ConfigError
 from istanas.methods import METHODS
 
-Command = Callable[..., Any]
+Function = Callable[..., Any]
+
+RESUMES = "run the same command again to resume"
+STARTS_OVER = "nothing was stored; the same command starts over"
+
+
+@contextmanager
+def hint_after_interrupt(hint: str) -> Iterator[None]:
+    """Let the message after an interrupt of the body end with a hint, unless the interrupt has one already."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise
+        raise KeyboardInterrupt(hint) from None
+
+
+class Command(click.Command):
+    """A command of istanas.
+
+    Args:
+        arguments: As for `click.Command`.
+        resumes: Whether the same command resumes after an interrupt. The others store nothing before their end.
+        settings: As for `click.Command`.
+    """
+
+    def __init__(self, *arguments: Any, resumes: bool = False, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.hint = RESUMES if resumes else STARTS_OVER
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        """Parse the arguments, which also loads the plugins."""
+        with hint_after_interrupt(self.hint):
+            return super().make_context(*arguments, **settings)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with hint_after_interrupt(self.hint):
+            return super().invoke(ctx)
 
 
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -44,7 +82,7 @@ def _load_plugins(ctx: click.Context, param: click.Parameter, value: tuple[str, 
     ctx.meta[GIVEN_PLUGINS] = value
 
 
-def config_options(command: Command) -> Command:
+def config_options(command: Function) -> Function:
     """Add the options that every command with a configuration has."""
     command = click.option(
         "--plugin",
@@ -67,7 +105,7 @@ def config_options(command: Command) -> Command:
     )(set_option(command))
 
 
-def set_option(command: Command) -> Command:
+def set_option(command: Function) -> Function:
     """Add --set, which overrides settings."""
     return click.option(
         "--set",
@@ -92,7 +130,7 @@ class Workers(click.ParamType):
             self.fail(f"{error.problem}; {error.remedy}", param, ctx)
 
 
-def placement_options(command: Command) -> Command:
+def placement_options(command: Function) -> Function:
     """Add the options that decide where workers run. Each sets a key of `runtime`."""
     command = click.option(
         "--address",
@@ -109,20 +147,7 @@ def placement_options(command: Command) -> Command:
     )(command)
 
 
-def starts_over(command: Command) -> Command:
-    """Let the message after an interrupt say that the command, which stores nothing before its end, starts over."""
-
-    @functools.wraps(command)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        try:
-            return command(*arguments, **options)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("nothing was stored; the same command starts over") from None
-
-    return wrapped
-
-
-def job_options(command: Command) -> Command:
+def job_options(command: Function) -> Function:
     """Add the options that every job has."""
     command = click.option(
         "--fresh", is_flag=True, help="Delete the contents of the run directory, and start over."
@@ -130,7 +155,7 @@ def job_options(command: Command) -> Command:
     return config_options(placement_options(json_option(command)))
 
 
-def json_option(command: Command) -> Command:
+def json_option(command: Function) -> Function:
     """Add --json, which prints the result for programs."""
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON object as the last line on stdout."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import complete_file, complete_folder, config_options, json_option, starts_over
+from pipeline.cli.options import Command, complete_file, complete_folder, config_options, json_option
 from pipeline.cli.output import (
     check_csv,
     console_for,
@@ -18,7 +18,7 @@ from pipeline.cli.output import (
 from pipeline.jobs.settings import load_config, run_and_config
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.argument("files", metavar="FILE|DIR...", nargs=-1, required=True, shell_complete=complete_file)
 @click.option(
@@ -29,7 +29,6 @@ from pipeline.jobs.settings import load_config, run_and_config
 )
 @config_options
 @json_option
-@starts_over
 def predict(
     reference: str,
     files: tuple[str, ...],
@@ -80,7 +79,7 @@ def _complain(line: str) -> None:
     click.echo(f"error: {printable(line)}", err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.option(
     "--data",
@@ -95,7 +94,6 @@ def _complain(line: str) -> None:
 )
 @config_options
 @json_option
-@starts_over
 def evaluate(
     reference: str,
     data: Path | None,

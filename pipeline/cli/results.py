@@ -12,19 +12,19 @@ import click
 
 from istanas.errors import IstanasError
 from pipeline.cli.options import (
+    Command,
     complete_file,
     complete_folder,
     complete_method,
     config_options,
     json_option,
-    starts_over,
 )
 from pipeline.cli.output import console_for, print_json, write_csv
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS, TOLERANCE_POINTS
 from pipeline.jobs.settings import load_config, run_and_config
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--kind", type=click.Choice(KINDS), help="Show only runs of this kind.")
 @click.option(
     "--method", metavar="NAME", shell_complete=complete_method, help="Show only runs of this search method."
@@ -114,7 +114,7 @@ def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, s
             raise click.UsageError(f"--{name}: {table}, leave it out")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("references", metavar="RUN RUN...", nargs=-1, shell_complete=complete_folder)
 @click.option(
     "--out",
@@ -144,7 +144,7 @@ def compare(
         print_json(result)
 
 
-@click.command()
+@click.command(cls=Command)
 @config_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port; if it is in use, the next free one.")
@@ -162,7 +162,7 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
     raise click.exceptions.Exit(code)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="FILE|NAME|RUN|random:SEED|TEXT", shell_complete=complete_file)
 @click.option(
     "--out",
@@ -197,7 +197,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.option(
     "--precision",
@@ -216,7 +216,6 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
 )
 @config_options
 @json_option
-@starts_over
 def export(
     reference: str,
     precision: Literal["fp32", "int8"],
@@ -249,7 +248,7 @@ def export(
         print_json(result)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.option(
     "--metric",
@@ -291,7 +290,7 @@ def promote(
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @config_options
 @json_option

@@ -19,7 +19,7 @@ import pytest
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.base.interruption import STILL_CLOSING
 from pipeline.cli.commands import cli, run
-from pipeline.cli.options import starts_over
+from pipeline.cli.options import hint_after_interrupt
 from pipeline.config.load import load, run_hash
 from pipeline.runs.directory import RunDir
 from tests.warm import warm_program
@@ -841,10 +841,23 @@ def unignore_sigint() -> Any:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def test_an_interrupted_command_that_stores_nothing_says_so() -> None:
-    @starts_over
-    def interrupted() -> None:
-        raise KeyboardInterrupt
+RESUMING = ("search", "retrain", "run", "sweep", "benchmark", "versus", "rank", "promote", "sync")
 
-    with pytest.raises(KeyboardInterrupt, match="nothing was stored; the same command starts over"):
-        interrupted()
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in WITHOUT_CONFIG])
+def test_after_an_interrupt_only_a_job_is_said_to_resume(istanas: Command, here: Path, command: str) -> None:
+    (here / "interrupted.py").write_text("raise KeyboardInterrupt")
+    says = "run the same command again to resume"
+    if command not in RESUMING:
+        says = "nothing was stored; the same command starts over"
+    code, out, err = istanas(command, "--plugin", "interrupted.py")
+    assert (code, out, err.strip()) == (130, "", f"interrupted: {says}")
+
+
+def test_a_command_may_give_its_own_hint_after_an_interrupt() -> None:
+    with (
+        pytest.raises(KeyboardInterrupt, match="the inner hint"),
+        hint_after_interrupt("another hint"),
+        hint_after_interrupt("the inner hint"),
+    ):
+        raise KeyboardInterrupt
