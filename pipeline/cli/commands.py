@@ -81,7 +81,9 @@ def _run(arguments: list[str] | None) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "istanas"
-        click.echo(f"error: {' '.join(error.format_message().split())} See: {path} --help", err=True)
+        problem = " ".join(error.format_message().split())
+        stop = "" if problem.endswith((".", "?", "!")) else "."
+        click.echo(f"error: {problem}{stop} See: {path} --help", err=True)
         return 2
     except IstanasError as error:
         for line in str(error).splitlines():

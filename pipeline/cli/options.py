@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,13 +32,15 @@ def hint_after_interrupt(hint: str) -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command of istanas.
+    """A command of istanas, whose errors about extra arguments name the option that was probably meant.
 
     Args:
         arguments: As for `click.Command`.
         resumes: Whether the same command resumes after an interrupt. The others store nothing before their end.
         settings: As for `click.Command`.
     """
+
+    allow_extra_args = True  # for `parse_args`
 
     def __init__(self, *arguments: Any, resumes: bool = False, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -47,10 +51,32 @@ class Command(click.Command):
         with hint_after_interrupt(self.hint):
             return super().make_context(*arguments, **settings)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments.
+
+        Raises:
+            click.UsageError: An argument is wrong, or there are too many.
+        """
+        rest = super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:
+            extra = ctx.args[0]
+            has_config = any("--config" in param.opts for param in self.params)
+            meant = has_config and _is_configuration(extra)
+            remedy = f"did you mean --config {shlex.quote(extra)}?" if meant else "leave it out"
+            raise click.UsageError(f"{extra!r:.80}: an unexpected argument; {remedy}", ctx)
+        return rest
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         with hint_after_interrupt(self.hint):
             return super().invoke(ctx)
+
+
+def _is_configuration(argument: str) -> bool:
+    """Return whether an argument is an existing file or the name of a configuration of the package."""
+    from pipeline.config.load import shipped_files
+
+    return Path(argument).is_file() or argument in shipped_files()
 
 
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -188,7 +188,20 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
     [
         (["serch"], "serch"),
         (["search", "--bogus"], "--bogus"),
-        (["search", "extra"], "extra"),
+        (
+            ["search", "extra"],
+            "error: 'extra': an unexpected argument; leave it out. See: istanas search --help",
+        ),
+        (["run", "tiny.yaml"], "did you mean --config tiny.yaml? See: istanas run --help"),
+        (
+            ["doctor", "one_stage_digits"],
+            "did you mean --config one_stage_digits? See: istanas doctor --help",
+        ),
+        (
+            ["pack", "pictures", "tiny.yaml", "--out", "x"],
+            "'tiny.yaml': an unexpected argument; leave it out. ",
+        ),
+        (["evaluate", "nothing", "--out", "x"], "leave it out. See: istanas evaluate --help"),
         (["retrain"], "--genotype"),
         (["sync"], "RUN"),
         (["promote"], "RUN"),
