@@ -108,8 +108,35 @@ def _load_plugins(ctx: click.Context, param: click.Parameter, value: tuple[str, 
     ctx.meta[GIVEN_PLUGINS] = value
 
 
+_FILE = "Configuration file (YAML), or the name of one that istanas config --list shows."
+_PLACES = "runs and mlflow.db in the working directory (the store may also be named by MLFLOW_TRACKING_URI)"
+
+
 def config_options(command: Function) -> Function:
-    """Add the options that every command with a configuration has."""
+    """Add the options of a command whose configuration says what to do."""
+    default = "Without it, the configuration of the handwritten digits is used."
+    return _config_options(command, f"{_FILE} {default}")
+
+
+def store_options(command: Function) -> Function:
+    """Add the options of a command whose configuration only says where runs are found."""
+    return _config_options(
+        command,
+        f"{_FILE} It only says where runs are found: the folder runtime.runs_dir and the MLflow store tracking.uri. "
+        f"Without it, these are {_PLACES}.",
+    )
+
+
+def run_options(command: Function) -> Function:
+    """Add the options of a command that uses the configuration of a run, unless another one is given."""
+    return _config_options(
+        command,
+        f"{_FILE} It replaces the configuration of RUN, and says where RUN is found: in the folder runtime.runs_dir or "
+        f"the MLflow store tracking.uri. Without it, RUN keeps its own configuration and is looked up in {_PLACES}.",
+    )
+
+
+def _config_options(command: Function, help_of_config: str) -> Function:
     command = click.option(
         "--plugin",
         multiple=True,
@@ -122,12 +149,7 @@ def config_options(command: Function) -> Function:
         "executed.",
     )(command)
     return click.option(
-        "--config",
-        "file",
-        metavar="FILE|NAME",
-        shell_complete=complete_file,
-        help="Configuration file (YAML), or the name of one that istanas config --list shows. Without it, the "
-        "configuration of the handwritten digits is used.",
+        "--config", "file", metavar="FILE|NAME", shell_complete=complete_file, help=help_of_config
     )(set_option(command))
 
 

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import Command, complete_file, complete_folder, config_options, json_option
+from pipeline.cli.options import (
+    Command,
+    complete_file,
+    complete_folder,
+    json_option,
+    run_options,
+    store_options,
+)
 from pipeline.cli.output import (
     check_csv,
     console_for,
@@ -27,7 +34,7 @@ from pipeline.jobs.settings import load_config, run_and_config
     type=click.Path(path_type=Path, allow_dash=True),
     help="Write the predictions to this file (CSV); - is stdout.",
 )
-@config_options
+@store_options
 @json_option
 def predict(
     reference: str,
@@ -92,7 +99,7 @@ def _complain(line: str) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the files about --data. Default: evaluation.",
 )
-@config_options
+@run_options
 @json_option
 def evaluate(
     reference: str,

@@ -18,6 +18,8 @@ from pipeline.cli.options import (
     complete_method,
     config_options,
     json_option,
+    run_options,
+    store_options,
 )
 from pipeline.cli.output import console_for, print_json, write_csv
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS, TOLERANCE_POINTS
@@ -51,7 +53,7 @@ from pipeline.jobs.settings import load_config, run_and_config
     shell_complete=complete_folder,
     help="Show the trials of a sweep, with every swept setting.",
 )
-@config_options
+@store_options
 @json_option
 def results(
     file: str | None,
@@ -123,7 +125,7 @@ def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, s
     show_default=True,
     help="Folder of the page and the figure.",
 )
-@config_options
+@store_options
 @json_option
 def compare(
     references: tuple[str, ...], out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool
@@ -145,7 +147,7 @@ def compare(
 
 
 @click.command(cls=Command)
-@config_options
+@store_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port; if it is in use, the next free one.")
 @json_option
@@ -214,7 +216,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     help="Largest loss of top-1 accuracy by int8, in percentage points; above it, the export is refused. "
     f"[default: {TOLERANCE_POINTS:g}]",
 )
-@config_options
+@run_options
 @json_option
 def export(
     reference: str,
@@ -259,7 +261,7 @@ def export(
     "test split, which is then no longer a fair estimate of the champion's accuracy.",
 )
 @click.option("--force", is_flag=True, help="Move the alias regardless of the metric.")
-@config_options
+@run_options
 @json_option
 def promote(
     reference: str, metric: str, force: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
@@ -292,7 +294,7 @@ def promote(
 
 @click.command(cls=Command, resumes=True)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
-@config_options
+@run_options
 @json_option
 def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Send a run's missing records to MLflow; safe to run repeatedly.

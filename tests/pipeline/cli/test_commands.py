@@ -154,6 +154,18 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
         assert (option in out) == (jobs or command == "doctor")
 
 
+@pytest.mark.parametrize(
+    "command", ["predict", "results", "compare", "ui", "evaluate", "export", "promote", "sync"]
+)
+def test_the_help_says_what_a_configuration_is_for(istanas: Command, command: str) -> None:
+    text = " ".join(istanas(command, "--help")[1].split())
+    assert "handwritten digits" not in text
+    assert "runtime.runs_dir" in text
+    assert ("It only says where runs are found" in text) == (
+        command in ("predict", "results", "compare", "ui")
+    )
+
+
 def test_help_lists_the_commands(istanas: Command) -> None:
     assert tuple(sorted(COMMANDS)) == tuple(sorted(cli.commands))
     code, out, err = istanas()
