@@ -5,6 +5,7 @@ Every decision that depends on the folder as a whole is made here, before any pi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -35,7 +36,7 @@ from istanas.data.reading import (
     unreadable,
 )
 from istanas.data.splits import stratified_split
-from istanas.errors import DataError
+from istanas.errors import DataError, LayoutError
 from istanas.limits import SMALL_SIDE
 
 DEFAULT_IMAGE_SIZE = 224
@@ -84,6 +85,10 @@ class GivenFolder(NamedTuple):
 
 
 DATA_ROOT = GivenFolder("data.root", "set data.root to")
+
+
+DIVIDED = "let data.test_fraction choose them from CLASS/*"
+"""The end of the remedy for a folder without a test split."""
 
 
 class FileState(NamedTuple):
@@ -376,6 +381,18 @@ def cache_file(cache_dir: Path, place: str, kind: str, *settings: object) -> Pat
     return cache_dir / f"folder-{key[:16]}.{kind}"
 
 
+def not_a_folder(path: Path) -> str:
+    """Return what is wrong with a path at which there is no folder.
+
+    Example:
+        >>> not_a_folder(Path("/nowhere"))
+        'no such folder: /nowhere'
+    """
+    return (
+        f"{shown(path)} is a file, not a folder" if os.path.exists(path) else f"no such folder: {shown(path)}"
+    )
+
+
 def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: float = 0.0) -> Listing:
     """Find the classes and pictures of both splits.
 
@@ -386,12 +403,13 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
             this share of each class is the test split, the same one in every call.
 
     Raises:
-        DataError: If the root is not a picture folder, or too many files would be left out.
+        LayoutError: If the root is not a picture folder.
+        DataError: If too many files would be left out, or a link leads out of the folder.
     """
     check_text(root, str(root))
     if not root.is_dir():
-        raise DataError(
-            f"no such folder: {shown(root)}",
+        raise LayoutError(
+            not_a_folder(root),
             field="data.root",
             remedy="set data.root to a folder with train/CLASS/* and test/CLASS/*",
         )
@@ -401,13 +419,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
     test = next((root / name for name in TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
-            raise DataError(
-                f"{shown(folder)} is missing",
-                field="data.root",
-                remedy=_nested_remedy(root)
-                or f"put the pictures into {'train/CLASS/* and ' if folder == train else ''}test/CLASS/*, or let "
-                f"data.test_fraction choose them from CLASS/*{'' if folder == train else ', the content of train/'}",
-            )
+            raise _missing_split(folder, root)
         _refuse_link_out(folder, root)
     class_names = _class_names(train, test, root)
     left_out = _LeftOuts(root, allow_left_out)
@@ -418,7 +430,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
         for label, class_name in enumerate(class_names):
             found = _read_class(folder / class_name, root, left_out)
             if not found and folder == train:
-                raise DataError(
+                raise LayoutError(
                     f"{shown(folder / class_name)} contains no picture",
                     field="data.root",
                     remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
@@ -428,7 +440,7 @@ def list_folder(root: Path, *, allow_left_out: bool = False, test_fraction: floa
         left_out.add(folder, len(files) - n_before, loose)
         n_train = n_train or len(files)
     if len(files) == n_train:
-        raise DataError(
+        raise LayoutError(
             f"{shown(test)} contains no picture", field="data.root", remedy="add test pictures of the classes"
         )
     for entry in _entries(root):
@@ -470,9 +482,9 @@ def _list_classes(root: Path, allow_left_out: bool, test_fraction: float) -> Lis
         class_names, trained, torch.bincount(labels, minlength=len(class_names)).tolist(), strict=True
     ):
         if n == 0:
-            raise DataError(
-                f"{shown(root / name)} contains {count_of(of_class, 'picture')}, of which none would be left for "
-                "training",
+            rest = f"{count_of(of_class, 'picture')}, of which none would be left for training"
+            raise LayoutError(
+                f"{shown(root / name)} contains {rest if of_class else 'no picture'}",
                 field="data.root",
                 remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
             )
@@ -646,11 +658,7 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
     """Return the sorted classes, which are the folders in `train`. `test` may lack some of them."""
     class_names = _directories(train, root)
     if len(class_names) < 2:
-        raise DataError(
-            f"{shown(train)} contains {count_of(len(class_names), 'class', 'classes')}, at least two are needed",
-            field="data.root",
-            remedy=_nested_remedy(train) or "give each class a folder of its own",
-        )
+        raise _too_few_classes(train, root)
     known: dict[str, Path] = {}
     trained = set(class_names)
     for folder in (train, test):
@@ -671,6 +679,49 @@ def _class_names(train: Path, test: Path, root: Path) -> tuple[str, ...]:
                     remedy="add one, or remove this one",
                 )
     return class_names
+
+
+def _missing_split(folder: Path, root: Path) -> DataError:
+    """Return the error for a picture folder without the folder of a split."""
+    has_split = any((root / name).is_dir() for name in _SPLITS)
+    nested = _nested_remedy(root)
+    names = _directories(root, root)
+    if not has_split and nested is None and len(names) == 1 and has_class_folders_only(root / names[0]):
+        inner = root / names[0]
+        return LayoutError(
+            f"{shown(root)} has only one folder, {shown(names[0])}, which has the class folders",
+            field="data.root",
+            remedy=f"set data.root={shown(inner)}",
+        )
+    if not has_split and nested is None and len(names) < 2:
+        return _too_few_classes(root, root)
+    is_test = folder.name in TEST_SPLITS
+    return LayoutError(
+        f"{shown(folder)} is missing",
+        field="data.root",
+        remedy=nested
+        or f"put the pictures into {'' if is_test else 'train/CLASS/* and '}test/CLASS/*, or {DIVIDED}"
+        f"{', the content of train/' if is_test else ''}",
+    )
+
+
+def _too_few_classes(folder: Path, root: Path) -> DataError:
+    """Return the error for a folder that should contain a folder for each class, but has none or only one."""
+    names = _directories(folder, root)
+    place = "/".join([*folder.relative_to(root).parts, "CLASS/*"])
+    pictures = list(itertools.islice(pictures_below(folder), 1 if names else None))
+    if not pictures:
+        problem = "has no pictures"
+        remedy = f"put them into {place}, one folder for each class"
+    elif names:
+        problem = f"has only one class, {shown(names[0])}"
+        remedy = "two or more are needed, each in its own folder"
+    else:
+        problem = f"has {count_of(len(pictures), 'picture')} but no class folders"
+        remedy = f"put them into {place}"
+    return LayoutError(
+        f"{shown(folder)} {problem}", field="data.root", remedy=_nested_remedy(folder) or remedy
+    )
 
 
 def _code_points(first: str, second: str) -> str:
@@ -698,7 +749,7 @@ def check_text(path: Path, name: str, what: str = "folder") -> None:
 
 
 def _nested_remedy(folder: Path) -> str | None:
-    """Return the remedy for an archive that was unpacked one level too deep, as in `photos/photos/train`."""
+    """Return the remedy for an archive that was unpacked one level too deep, as in `photos/photos/train`; or None."""
     inside = [Path(entry.path) for entry in _entries(folder) if entry.is_dir()]
     for path in inside:
         if (path / "train").is_dir():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, IstanasError, LayoutError
 
 
 class ConflictError(ConfigError):
@@ -60,3 +61,34 @@ def fields_of(mistake: ConfigError) -> tuple[str, ...]:
     if isinstance(mistake, ConflictError):
         return mistake.fields
     return () if mistake.field is None else (mistake.field,)
+
+
+@contextmanager
+def named_as_arguments(arguments: Sequence[tuple[str, str]]) -> Iterator[None]:
+    """Name the arguments of a command, instead of the settings of a job, in the errors of the body.
+
+    A folder that is not a picture folder is then a bad argument.
+
+    Args:
+        arguments: Parts of fields and remedies with the text that replaces each, replaced in this order.
+
+    Raises:
+        ConfigError: Instead of a `LayoutError`.
+
+    Example:
+        >>> with named_as_arguments([("data.root", "DIR")]):
+        ...     raise LayoutError("photos has no pictures", field="data.root")
+        Traceback (most recent call last):
+        istanas.errors.ConfigError: DIR: photos has no pictures
+    """
+    try:
+        yield
+    except IstanasError as error:
+        for setting, argument in arguments:
+            if error.remedy is not None:
+                error.remedy = error.remedy.replace(setting, argument)
+            if error.field is not None:
+                error.field = error.field.replace(setting, argument)
+        if isinstance(error, LayoutError):
+            raise ConfigError(error.problem, field=error.field, remedy=error.remedy) from None
+        raise

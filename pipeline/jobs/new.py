@@ -20,14 +20,15 @@ import torch
 from rich.console import Console
 
 from istanas.data import Survey
-from istanas.data.folders import count_of, has_class_folders_only
+from istanas.data.folders import DIVIDED, count_of, has_class_folders_only, not_a_folder
 from istanas.distributed import Ranks
-from istanas.errors import ConfigError, DataError
+from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.space import random_genotype
 from istanas.training import derive_seed
 from pipeline.base.files import atomic_write, writable_file
 from pipeline.base.text import duration
+from pipeline.config.errors import named_as_arguments
 from pipeline.config.keys import value_at
 from pipeline.config.load import load
 from pipeline.config.schema import Config
@@ -45,6 +46,12 @@ from pipeline.training.pictures import decode_settings_of, describe_pictures, se
 STEPS = 5  # measured steps of each job
 CELLS = 3  # random cells whose retraining is measured, because the cell that a search will find is not known
 LINE = 110  # characters of a comment
+_ARGUMENTS = (
+    (DIVIDED, "name a folder of CLASS/*"),
+    ("set data.root=", "name the folder "),
+    ("set data.root to", "name"),
+    ("data.root", "DIR"),
+)
 
 
 class Choice(NamedTuple):
@@ -155,7 +162,7 @@ def _target(root: Path, out: Path | None, force: bool) -> Path:
     """Return the file to write, after a check of both paths."""
     if not root.is_dir():
         raise ConfigError(
-            f"no such folder: {root}",
+            not_a_folder(root),
             field="DIR",
             remedy="name a folder with CLASS/*, or with train/CLASS/* and test/CLASS/*",
         )
@@ -180,13 +187,9 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
                 field=f"--set {override!r:.60}",
                 remedy="change it in the file, or give a key of another section, such as search.epochs=10",
             )
-    try:
+    with named_as_arguments(_ARGUMENTS):
         config = load(None, _pictures(root, given))
         survey = survey_of(config.data, progress_on("checking", console))
-    except DataError as error:
-        if error.field != "data.root":
-            raise
-        raise DataError(error.problem, field="DIR", remedy=error.remedy) from None
     assert survey is not None, "a picture folder has one"
     return survey
 

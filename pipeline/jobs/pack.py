@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,8 @@ from istanas.data.reading import shown
 from istanas.data.shard_files import FolderShards
 from istanas.data.shard_index import INDEX_FILE, read_index
 from istanas.data.shard_scan import damaged_shards, index_shards
-from istanas.errors import ConfigError, DataError, IstanasError
+from istanas.errors import ConfigError, DataError
+from pipeline.config.errors import named_as_arguments
 from pipeline.config.threads import usable_cores
 from pipeline.jobs.context import say_to
 from pipeline.jobs.lifecycle import progress_on
@@ -56,21 +55,7 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-@contextlib.contextmanager
-def _named_as_arguments() -> Iterator[None]:
-    """Name the arguments of the command, instead of the settings of a job, in errors."""
-    try:
-        yield
-    except IstanasError as error:
-        for setting, argument in _ARGUMENTS:
-            if error.remedy is not None:
-                error.remedy = error.remedy.replace(setting, argument)
-            if error.field is not None:
-                error.field = error.field.replace(setting, argument)
-        raise
-
-
-@_named_as_arguments()
+@named_as_arguments(_ARGUMENTS)
 def run_pack(
     folder: Path,
     out: Path,
@@ -119,7 +104,7 @@ def run_pack(
     }
 
 
-@_named_as_arguments()
+@named_as_arguments(_ARGUMENTS)
 def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Write the index of a folder of shards.
 
@@ -130,7 +115,7 @@ def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[
     return _described(folder, "indexed", console)
 
 
-@_named_as_arguments()
+@named_as_arguments(_ARGUMENTS)
 def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Compare the content of every shard with the checksum in the index.
 
