@@ -160,6 +160,11 @@ class Listing:
         """Return the real path of the folder, by which caches are named."""
         return os.path.realpath(self.root)
 
+    @property
+    def prefix(self) -> str:
+        """Return the beginning of `files` that leads to the root."""
+        return os.path.join(self.root, "")
+
     @cached_property
     def files(self) -> Sequence[str]:
         """Return the full paths; computed once, as there may be millions."""
