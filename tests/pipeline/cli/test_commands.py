@@ -18,8 +18,9 @@ import pytest
 
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.base.interruption import STILL_CLOSING
+from pipeline.cli import options
 from pipeline.cli.commands import cli, run
-from pipeline.cli.options import hint_after_interrupt
+from pipeline.cli.options import RESUMES, STARTS_OVER, hint_after_interrupt
 from pipeline.config.load import load, run_hash
 from pipeline.runs.directory import RunDir
 from tests.warm import warm_program
@@ -877,6 +878,16 @@ def test_after_an_interrupt_only_a_job_is_said_to_resume(istanas: Command, here:
         says = "nothing was stored; the same command starts over"
     code, out, err = istanas(command, "--plugin", "interrupted.py")
     assert (code, out, err.strip()) == (130, "", f"interrupted: {says}")
+
+
+@pytest.mark.parametrize(("resumes", "says"), [(False, STARTS_OVER), (True, RESUMES)])
+def test_an_interrupt_while_a_command_works_has_the_hint(resumes: bool, says: str) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    command = options.Command("interrupted", callback=interrupted, resumes=resumes)
+    with pytest.raises(KeyboardInterrupt, match=says):
+        command.invoke(command.make_context("interrupted", []))
 
 
 def test_a_command_may_give_its_own_hint_after_an_interrupt() -> None:
