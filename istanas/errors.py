@@ -54,6 +54,10 @@ class DataError(IstanasError):
     """A data set that is missing, broken, or different from what the configuration says."""
 
 
+class LayoutError(DataError):
+    """A picture folder that is not one: it does not exist, or lacks its splits, its classes or all of its pictures."""
+
+
 class MissingDataError(DataError):
     """A data set that is not there, or that cannot be reached, rather than one that has changed."""
 

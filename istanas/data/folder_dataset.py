@@ -52,8 +52,16 @@ def dataset_of(request: DatasetRequest, facts: Survey, members: Members | None =
     dataset = array_dataset(
         request.name,
         listing.class_names,
-        ArrayPictures(images[:n], listing.labels[:n]),
-        ArrayPictures(images[n:], listing.labels[n:]),
+        *(
+            # The paths of a folder are relative already; those of shards begin as its `files` do.
+            ArrayPictures(
+                images[part],
+                listing.labels[part],
+                listing.paths[part],
+                "" if members is None else listing.prefix,
+            )
+            for part in (slice(n), slice(n, None))
+        ),
     )
     notes = tuple(facts.notes(request.image_size, settings))
     resize: Resize = "none" if size is None else "fit"
@@ -88,6 +96,7 @@ def _file_dataset(
             prints[part].tobytes(),
             settings,
             None if members is None else members[part],
+            listing.prefix,
         )
         for part in (slice(n), slice(n, None))
     )

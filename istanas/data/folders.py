@@ -5,6 +5,7 @@ Every decision that depends on the folder as a whole is made here, before any pi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import stat
@@ -36,7 +37,7 @@ from istanas.data.reading import (
 )
 from istanas.data.request import DATA_ROOT, GivenFolder
 from istanas.data.splits import stratified_split
-from istanas.errors import DataError
+from istanas.errors import DataError, LayoutError
 from istanas.limits import SMALL_SIDE
 
 DEFAULT_IMAGE_SIZE = 224
@@ -142,6 +143,11 @@ class Listing:
     def place(self) -> str:
         """Return the real path of the folder, by which caches are named."""
         return os.path.realpath(self.root)
+
+    @property
+    def prefix(self) -> str:
+        """Return the beginning of `files` that leads to the root."""
+        return os.path.join(self.root, "")
 
     @cached_property
     def files(self) -> Sequence[str]:
@@ -366,6 +372,18 @@ def cache_file(cache_dir: Path, place: str, kind: str, *settings: object) -> Pat
     return cache_dir / f"folder-{key[:16]}.{kind}"
 
 
+def not_a_folder(path: Path) -> str:
+    """Return what is wrong with a path at which there is no folder.
+
+    Example:
+        >>> not_a_folder(Path("/nowhere"))
+        'no such folder: /nowhere'
+    """
+    return (
+        f"{shown(path)} is a file, not a folder" if os.path.exists(path) else f"no such folder: {shown(path)}"
+    )
+
+
 def list_folder(
     root: Path,
     *,
@@ -383,12 +401,13 @@ def list_folder(
         given: How error messages name the folder.
 
     Raises:
-        DataError: If the root is not a picture folder, or too many files would be left out.
+        LayoutError: If the root is not a picture folder.
+        DataError: If too many files would be left out, or a link leads out of the folder.
     """
     check_text(root, str(root), given)
     if not root.is_dir():
-        raise DataError(
-            f"no such folder: {shown(root)}",
+        raise LayoutError(
+            not_a_folder(root),
             field=given.field,
             remedy=f"{given.change} a folder with train/CLASS/* and test/CLASS/*",
         )
@@ -398,13 +417,7 @@ def list_folder(
     test = next((root / name for name in TEST_SPLITS if (root / name).is_dir()), root / "test")
     for folder in (train, test):
         if not folder.is_dir():
-            raise DataError(
-                f"{shown(folder)} is missing",
-                field=given.field,
-                remedy=_nested_remedy(root, given)
-                or f"put the pictures into {'train/CLASS/* and ' if folder == train else ''}test/CLASS/*, or let "
-                f"{given.test_fraction} choose them from CLASS/*{'' if folder == train else ', the content of train/'}",
-            )
+            raise _missing_split(folder, root, given)
         _refuse_link_out(folder, root, given)
     class_names = _class_names(train, test, root, given)
     left_out = _LeftOuts(root, given, allow_left_out)
@@ -415,7 +428,7 @@ def list_folder(
         for label, class_name in enumerate(class_names):
             found = _read_class(folder / class_name, root, left_out)
             if not found and folder == train:
-                raise DataError(
+                raise LayoutError(
                     f"{shown(folder / class_name)} contains no picture",
                     field=given.field,
                     remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
@@ -427,7 +440,7 @@ def list_folder(
         left_out.add(folder, len(files) - n_before, loose)
         n_train = n_train or len(files)
     if len(files) == n_train:
-        raise DataError(
+        raise LayoutError(
             f"{shown(test)} contains no picture", field=given.field, remedy="add test pictures of the classes"
         )
     for entry in _entries(root, given):
@@ -457,7 +470,7 @@ def _list_classes(root: Path, allow_left_out: bool, test_fraction: float, given:
         if (root / name).is_dir():
             raise DataError(
                 f"{test_fraction} would divide the class folders of {shown(root)}, which has {name}/",
-                field=given.test_fraction,
+                field=given.test_fraction or given.field,
                 remedy=f"set it to 0 to use the splits of the folder, or {given.change} one of them",
             )
     class_names, left_out = _class_names(root, root, root, given), _LeftOuts(root, given, allow_left_out)
@@ -473,16 +486,16 @@ def _list_classes(root: Path, allow_left_out: bool, test_fraction: float, given:
         class_names, trained, torch.bincount(labels, minlength=len(class_names)).tolist(), strict=True
     ):
         if n == 0:
-            raise DataError(
-                f"{shown(root / name)} contains {count_of(of_class, 'picture')}, of which none would be left for "
-                "training",
+            rest = f"{count_of(of_class, 'picture')}, of which none would be left for training"
+            raise LayoutError(
+                f"{shown(root / name)} contains {rest if of_class else 'no picture'}",
                 field=given.field,
                 remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
             )
     if len(test) == 0:
         raise DataError(
             f"{test_fraction} of {count_of(len(files), 'picture')} is no test picture",
-            field=given.test_fraction,
+            field=given.test_fraction or given.field,
             remedy="raise it",
         )
     ordered = [files[index] for index in (*train.tolist(), *test.tolist())]
@@ -651,11 +664,7 @@ def _class_names(train: Path, test: Path, root: Path, given: GivenFolder) -> tup
     """Return the sorted classes, which are the folders in `train`. `test` may lack some of them."""
     class_names = _directories(train, root, given)
     if len(class_names) < 2:
-        raise DataError(
-            f"{shown(train)} contains {count_of(len(class_names), 'class', 'classes')}, at least two are needed",
-            field=given.field,
-            remedy=_nested_remedy(train, given) or "give each class a folder of its own",
-        )
+        raise _too_few_classes(train, root, given)
     known: dict[str, Path] = {}
     trained = set(class_names)
     for folder in (train, test):
@@ -676,6 +685,50 @@ def _class_names(train: Path, test: Path, root: Path, given: GivenFolder) -> tup
                     remedy="add one, or remove this one",
                 )
     return class_names
+
+
+def _missing_split(folder: Path, root: Path, given: GivenFolder) -> DataError:
+    """Return the error for a picture folder without the folder of a split."""
+    has_split = any((root / name).is_dir() for name in _SPLITS)
+    nested = _nested_remedy(root, given)
+    names = _directories(root, root, given)
+    if not has_split and nested is None and len(names) == 1 and has_class_folders_only(root / names[0]):
+        inner = root / names[0]
+        return LayoutError(
+            f"{shown(root)} has only one folder, {shown(names[0])}, which has the class folders",
+            field=given.field,
+            remedy=f"{given.change} {shown(inner)}",
+        )
+    if not has_split and nested is None and len(names) < 2:
+        return _too_few_classes(root, root, given)
+    is_test = folder.name in TEST_SPLITS
+    divided = f"let {given.test_fraction} choose them from" if given.test_fraction else "name a folder of"
+    return LayoutError(
+        f"{shown(folder)} is missing",
+        field=given.field,
+        remedy=nested
+        or f"put the pictures into {'' if is_test else 'train/CLASS/* and '}test/CLASS/*, or {divided} CLASS/*"
+        f"{', the content of train/' if is_test else ''}",
+    )
+
+
+def _too_few_classes(folder: Path, root: Path, given: GivenFolder) -> DataError:
+    """Return the error for a folder that should contain a folder for each class, but has none or only one."""
+    names = _directories(folder, root, given)
+    place = "/".join([*folder.relative_to(root).parts, "CLASS/*"])
+    pictures = list(itertools.islice(pictures_below(folder, given), 1 if names else None))
+    if not pictures:
+        problem = "has no pictures"
+        remedy = f"put them into {place}, one folder for each class"
+    elif names:
+        problem = f"has only one class, {shown(names[0])}"
+        remedy = "two or more are needed, each in its own folder"
+    else:
+        problem = f"has {count_of(len(pictures), 'picture')} but no class folders"
+        remedy = f"put them into {place}"
+    return LayoutError(
+        f"{shown(folder)} {problem}", field=given.field, remedy=_nested_remedy(folder, given) or remedy
+    )
 
 
 def _code_points(first: str, second: str) -> str:
@@ -704,7 +757,7 @@ def check_text(path: Path, name: str, given: GivenFolder = DATA_ROOT, what: str 
 
 
 def _nested_remedy(folder: Path, given: GivenFolder) -> str | None:
-    """Return the remedy for an archive that was unpacked one level too deep, as in `photos/photos/train`."""
+    """Return the remedy for an archive that was unpacked one level too deep, as in `photos/photos/train`; or None."""
     inside = [Path(entry.path) for entry in _entries(folder, given) if entry.is_dir()]
     for path in inside:
         if (path / "train").is_dir():

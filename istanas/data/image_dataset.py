@@ -31,14 +31,22 @@ class ArrayPictures:
     Args:
         images: (N, C, H, W) uint8.
         labels: (N,) int64 in [0, number of classes).
+        paths: Paths of the N files from which they were decoded, see `FilePictures`; empty if there are none.
+        prefix: The beginning of the paths that `name` leaves out.
     """
 
     images: Tensor
     labels: Tensor
+    paths: Sequence[str] = ()
+    prefix: str = ""
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return self.labels.numel()
+
+    def name(self, index: int) -> str | None:
+        """Return the path of a picture relative to the root of the data set; None if it has no file of its own."""
+        return self.paths[index].removeprefix(self.prefix) if self.paths else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +60,7 @@ class FilePictures:
         fingerprints: Digests of each file's size and of samples of its content, 8 bytes per file.
         decode_settings: How the pixels are decoded.
         members: The contents of the pictures if they lie in shards; None if they lie in files of their own.
+        prefix: The beginning of the paths that `name` leaves out, such as the root of the data set and a slash.
     """
 
     paths: Sequence[str]
@@ -60,10 +69,15 @@ class FilePictures:
     fingerprints: bytes
     decode_settings: DecodeSettings = DEFAULT_DECODING
     members: Members | None = None
+    prefix: str = ""
 
     def __len__(self) -> int:
         """Return the number of pictures."""
         return self.labels.numel()
+
+    def name(self, index: int) -> str:
+        """Return the path of a picture relative to the root of the data set; for shards "SHARD/CLASS/FILE"."""
+        return self.paths[index].removeprefix(self.prefix)
 
     def source(self, index: int) -> str | bytes:
         """Return the path of a picture, or its content if it lies in a shard.

@@ -105,16 +105,20 @@ class Broken:
         path: The file.
         why: The reason.
         remedy: What to do; "" stands for replacing or deleting the file.
+        is_absent: Whether there is no such file.
     """
 
     path: str
     why: str
     remedy: str = ""
+    is_absent: bool = False
 
     @classmethod
     def by(cls, path: str, error: Exception) -> Broken:
         """Convert an error about a file. A process could not return the error itself, which may not be picklable."""
-        return cls(path, reason(error), error.remedy if isinstance(error, _UnfitError) else "")
+        is_absent = isinstance(error, FileNotFoundError) and not os.path.lexists(path)
+        remedy = "correct its name, or restore it" if is_absent else ""
+        return cls(path, reason(error), error.remedy if isinstance(error, _UnfitError) else remedy, is_absent)
 
 
 class Content(bytes):
@@ -252,9 +256,9 @@ def read_picture(
         DataError: If the file cannot be decoded, or exceeds Pillow's limit on decompression bombs.
 
     Example:
-        >>> read_picture("no.png")  # doctest: +ELLIPSIS
+        >>> read_picture("no.png")
         Traceback (most recent call last):
-        istanas.errors.DataError: data.root: no.png is not a readable picture (No such file or directory); ...
+        istanas.errors.DataError: data.root: no.png does not exist; correct its name, or restore it
     """
     from PIL import Image
 
@@ -429,8 +433,11 @@ def unreadable(broken: Broken, more: int = 0, field: str = "data.root") -> DataE
     others = ""
     if more > 0:
         others = ", nor " + ("is one other" if more == 1 else f"are {more:,} others")
+        if broken.is_absent:
+            others = f", and {'one other' if more == 1 else f'{more:,} others'} cannot be read"
+    problem = "does not exist" if broken.is_absent else f"is not a readable picture ({broken.why})"
     return DataError(
-        f"{shown(broken.path)} is not a readable picture ({broken.why}){others}",
+        f"{shown(broken.path)} {problem}{others}",
         field=field,
         remedy=broken.remedy or f"replace or delete {'it' if more == 0 else 'them'}",
     )

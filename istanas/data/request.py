@@ -16,13 +16,13 @@ class GivenFolder(NamedTuple):
         field: The setting or argument that names the folder.
         change: The words before another folder in a remedy.
         allow_left_out: How a remedy writes that files may be left out.
-        test_fraction: The setting or argument with the share of the test pictures.
+        test_fraction: The setting or argument with the share of the test pictures; `None` if the command chooses it.
     """
 
     field: str
     change: str
     allow_left_out: str = "--set data.allow_left_out=true"
-    test_fraction: str = "data.test_fraction"
+    test_fraction: str | None = "data.test_fraction"
 
 
 DATA_ROOT = GivenFolder("data.root", "set data.root to")

@@ -36,6 +36,11 @@ class _ShardListing(Listing):
         """Return the address, or the real path of the folder."""
         return super().place if self.address is None else self.address.rstrip("/")
 
+    @property
+    def prefix(self) -> str:
+        """Return the beginning of the names."""
+        return f"{self.root if self.address is None else self.address}/"
+
     @cached_property
     def files(self) -> Sequence[str]:
         """Return the names of the pictures."""

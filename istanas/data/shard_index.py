@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from istanas.buckets import is_address
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS, TEST_SPLITS, count_of
+from istanas.data.folders import FACTS, TEST_SPLITS, count_of, not_a_folder
 from istanas.data.reading import shown
 from istanas.data.shard_files import (
     SAMPLE,
@@ -34,7 +34,7 @@ from istanas.data.shard_files import (
     excerpt_of,
     in_threads,
 )
-from istanas.errors import DataError, MissingDataError
+from istanas.errors import DataError, LayoutError, MissingDataError
 from istanas.files import replacing_file
 
 INDEX_FILE = "index.parquet"
@@ -383,8 +383,8 @@ def check_shards(storage: ShardStorage, index: ShardIndex) -> None:
 
 def _no_index(storage: ShardStorage) -> DataError:
     if not storage.is_remote and not Path(storage.root).is_dir():
-        return MissingDataError(
-            f"no such folder: {shown(storage.root)}",
+        return LayoutError(
+            not_a_folder(Path(storage.root)),
             field=storage.field,
             remedy="name a folder of shards; istanas pack makes one",
         )

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from istanas.errors import ConfigError
+from istanas.errors import CheckpointError, ConfigError
 from istanas.space import Genotype
 from pipeline.config.schema import Config
-from pipeline.jobs.settings import find_run, load_config, overrides_of
+from pipeline.jobs.settings import find_run, keywords_of, load_config
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
 from pipeline.runs.genotype_file import read_genotype
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Result = TypeVar("Result", bound=Mapping[str, object])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FinishedRun(Generic[Result]):
     """A finished run.
 
@@ -45,10 +45,25 @@ class FinishedRun(Generic[Result]):
         >>> trained = pipeline.run("digits.yaml", quiet=True, seed=1)  # doctest: +SKIP
         >>> trained.class_names[:3], trained.preprocessing.shape  # doctest: +SKIP
         (('0', '1', '2'), (1, 8, 8))
+        >>> trained  # doctest: +SKIP
+        FinishedRun(name='digits-retrain', kind='retrain', path='runs/digits-retrain-...', test_top1=...)
     """
 
     path: Path
     result: Result
+
+    def __repr__(self) -> str:
+        """Return the name, the kind, the directory and the accuracy of the run; the result has more."""
+        try:
+            record = RunDir(self.path).read()
+            shown = {"name": repr(record.name), "kind": repr(record.kind)}
+        except CheckpointError:  # the directory may have been deleted, and the object must still be printed
+            shown = {}
+        shown["path"] = repr(self.reference)
+        keys = ("test_top1", "retrained_top1", "valid_top1")
+        accuracies = {key: value for key in keys if isinstance(value := self.result.get(key), float)}
+        shown |= {key: f"{value:.4f}" for key, value in list(accuracies.items())[:1]}
+        return f"FinishedRun({', '.join(f'{name}={text}' for name, text in shown.items())})"
 
     @property
     def reference(self) -> str:
@@ -163,7 +178,7 @@ def load(
         Traceback (most recent call last):
         istanas.errors.ConfigError: ...
     """
-    chosen, _ = load_config(None if config is None else str(config), overrides_of(settings))
+    chosen, _ = load_config(None if config is None else str(config), keywords_of(settings))
     found = find_run(str(run), chosen)
     record = found.read()
     if record.status != "FINISHED":

@@ -33,7 +33,7 @@ from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.plugins import load_plugins
 from pipeline.jobs.context import JobContext, say_to
 from pipeline.jobs.results import OneStageResult, RetrainResult, RunResult, SearchResult, SweepResult
-from pipeline.jobs.settings import load_config, load_for_genotype, overrides_of, run_and_config
+from pipeline.jobs.settings import keywords_of, load_config, load_for_genotype, run_and_config
 from pipeline.runs import bucket
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def retrain(
     load_plugins([str(file) for file in plugins])
     reference = _reference(genotype)
     console = _console(quiet)
-    cells, parent, chosen, name = load_for_genotype(reference, console, _text(config), overrides_of(settings))
+    cells, parent, chosen, name = load_for_genotype(reference, console, _text(config), keywords_of(settings))
     origin = Path(reference).name if Path(reference).is_file() else reference
     with Runtime(chosen.runtime) as runtime:
         context = JobContext(chosen, name, console, runtime, fresh, parent)
@@ -203,7 +203,7 @@ def export(
     from pipeline.jobs.export import run_export
 
     load_plugins([str(file) for file in plugins])
-    found, chosen = run_and_config(_reference(run), _text(config), overrides_of(settings))
+    found, chosen = run_and_config(_reference(run), _text(config), keywords_of(settings))
     result = run_export(
         chosen, found.path, console=_console(quiet), again=again, precision=precision, tolerance=tolerance
     )
@@ -241,7 +241,7 @@ def predict(
     from pipeline.jobs import predict as job
 
     load_plugins([str(file) for file in plugins])
-    chosen, _ = load_config(_text(config), overrides_of(settings))
+    chosen, _ = load_config(_text(config), keywords_of(settings))
     name, predictor = job.find_predictor(_reference(network), chosen)
     result = job.predict(
         name,
@@ -289,7 +289,7 @@ def evaluate(
     from pipeline.jobs.predict import find_predictor
 
     load_plugins([str(file) for file in plugins])
-    reference, file, given = _reference(network), _text(config), overrides_of(settings)
+    reference, file, given = _reference(network), _text(config), keywords_of(settings)
     if data is None:
         run, chosen = run_and_config(reference, file, given)
         return job.evaluate_run(run.path, chosen, _console(quiet))
@@ -337,6 +337,6 @@ def _context(
 ) -> Iterator[JobContext]:
     """Yield the context of a job. At the end, shut down Ray if the job has started it."""
     load_plugins([str(file) for file in plugins])
-    chosen, name = load_config(_text(config), overrides_of(settings))
+    chosen, name = load_config(_text(config), keywords_of(settings))
     with Runtime(chosen.runtime) as runtime:
         yield JobContext(chosen, name, _console(quiet), runtime, fresh)

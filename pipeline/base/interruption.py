@@ -17,8 +17,8 @@ HUNG_UP = 128 + signal.SIGHUP
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS_TO_REPEAT = 0.1  # delay before a swallowed signal is sent again
 STILL_CLOSING = (
-    b"closing the run, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once; "
-    b"run the same command again to resume\n"
+    b"closing what runs, which takes some seconds; Ctrl-\\ (SIGQUIT) ends at once; "
+    b"then run the same command again\n"
 )
 
 signals_deferred = threading.Event()  # set while `uninterrupted` defers signals

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from pipeline.cli.options import complete_file, complete_folder, job_options
+from pipeline.cli.options import Command, complete_file, complete_folder, job_options
 from pipeline.cli.output import console_for, show_benchmark_result, show_rank_result, show_versus_result
 from pipeline.jobs.settings import config_of_search, load_config
 
@@ -17,7 +17,7 @@ def _split(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     return tuple(name.strip() for each in value for name in each.split(",") if name.strip())
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.option(
     "--table",
     required=True,
@@ -84,7 +84,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> t
     return numbers
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument("run", metavar="[RUN]", required=False, shell_complete=complete_folder)
 @click.option(
     "--cells",
@@ -137,7 +137,7 @@ def rank(
     show_rank_result(result, as_json, console, config)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.option(
     "--against",
     multiple=True,

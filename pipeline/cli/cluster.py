@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from pipeline.base.extras import check_extra
 from pipeline.base.redaction import without_secrets
 from pipeline.cli import search_and_train
-from pipeline.cli.options import GIVEN_PLUGINS, Command, json_option
+from pipeline.cli.options import GIVEN_PLUGINS, Command, Function, hint_after_interrupt, json_option
 from pipeline.cli.output import console_for, print_json, program_name
 from pipeline.jobs.settings import load_config
 
@@ -20,14 +19,14 @@ if TYPE_CHECKING:
     from pipeline.config.schema import Config
 
 
-class _SubmitCommand(click.Command):
+class _SubmitCommand(Command):
     """A command whose usage line shows that another command follows."""
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return ["[OPTIONS] -- COMMAND [ITS OPTIONS]"]
 
 
-def server_option(command: Command) -> Command:
+def server_option(command: Function) -> Function:
     """Add the option that names a cluster by the address of its dashboard."""
     return click.option(
         "--address",
@@ -39,7 +38,7 @@ def server_option(command: Command) -> Command:
     )(command)
 
 
-@click.command(cls=_SubmitCommand, context_settings={"allow_interspersed_args": False})
+@click.command(cls=_SubmitCommand, resumes=True, context_settings={"allow_interspersed_args": False})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @server_option
 @click.option(
@@ -78,7 +77,7 @@ def submit(
     say = _say(as_json)
     submission = Submission(job, command, options, config, name, cluster_mlflow)
     listed = f"{program_name()} jobs --address {without_secrets(address)}"
-    with _interruptible(f"the job may have been submitted; list the jobs: {listed}"):
+    with hint_after_interrupt(f"the job may have been submitted; list the jobs: {listed}"):
         if job == "sweep" and not options.get("dry_run"):
             from pipeline.sweeps.space import check_space
 
@@ -93,7 +92,7 @@ def submit(
     _follow(server, started, as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("job_id", metavar="[ID]", required=False)
 @server_option
 @click.option(
@@ -127,7 +126,7 @@ def jobs(job_id: str | None, address: str, follow: bool, as_json: bool) -> None:
         print_json(job.as_json())
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument("job_id", metavar="ID")
 @server_option
 @json_option
@@ -142,7 +141,7 @@ def stop(job_id: str, address: str, as_json: bool) -> None:
     server, say = JobServer(address), _say(as_json)
     if server.job(job_id).exit_code is None:
         say(f"{job_id}: terminating, which may take {SECONDS_TO_STOP} s")
-    with _interruptible(
+    with hint_after_interrupt(
         f"no longer waiting; show the job: {program_name()} jobs {job_id} --address {server.shown}"
     ):
         job, stopped = server.stop(job_id)
@@ -182,7 +181,7 @@ def _follow(server: JobServer, job_id: str, as_json: bool) -> None:
 
     program, at = program_name(), f"--address {server.shown}"
     attach = f"Attach again: {program} jobs {job_id} --follow {at}; stop it: {program} stop {job_id} {at}"
-    with _interruptible(f"detached, {job_id} continues. {attach}"):
+    with hint_after_interrupt(f"detached, {job_id} continues. {attach}"):
         try:
             job = server.follow(job_id, write)
         except KeyboardInterrupt:
@@ -193,15 +192,6 @@ def _follow(server: JobServer, job_id: str, as_json: bool) -> None:
     if as_json:
         print_json(job.as_json())
     raise click.exceptions.Exit(1 if job.exit_code is None else job.exit_code)
-
-
-@contextmanager
-def _interruptible(hint: str) -> Iterator[None]:
-    """On Ctrl-C, print this hint instead of "run the same command again to resume"."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(hint) from None
 
 
 def _say_end(job: Job, say: Callable[[str], None]) -> None:

@@ -22,6 +22,7 @@ from pipeline.base.files import is_full, is_out_of_memory
 from pipeline.base.home_folder import ensure_usable_home
 from pipeline.base.interruption import HUNG_UP, INTERRUPTED, TERMINATED, signals_interrupt
 from pipeline.cli import benchmarks, cluster, prediction, results, search_and_train, tools
+from pipeline.cli.options import RESUMES
 from pipeline.cli.output import printable
 from pipeline.cli.streams import ignore_closed_readers
 
@@ -63,8 +64,10 @@ def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
     except (click.Abort, KeyboardInterrupt) as error:  # outside the `with`, which ignores further signals
         what, code = ENDS[signal.Signals(signals[0]) if signals else signal.SIGINT]
         cause = error.__cause__ if isinstance(error, click.Abort) else error
-        hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""  # see `cluster._interruptible`
-        click.echo(f"{what}: {hint or 'run the same command again to resume'}", err=True)
+        hint = (
+            str(cause) if isinstance(cause, KeyboardInterrupt) else ""
+        )  # see `options.hint_after_interrupt`
+        click.echo(f"{what}: {hint or RESUMES}", err=True)
         return code
 
 
@@ -78,7 +81,9 @@ def _run(arguments: list[str] | None) -> int:
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         path = context.command_path if context else "istanas"
-        click.echo(f"error: {' '.join(error.format_message().split())} See: {path} --help", err=True)
+        problem = " ".join(error.format_message().split())
+        stop = "" if problem.endswith((".", "?", "!")) else "."
+        click.echo(f"error: {problem}{stop} See: {path} --help", err=True)
         return 2
     except IstanasError as error:
         for line in str(error).splitlines():
@@ -98,9 +103,7 @@ def _run(arguments: list[str] | None) -> int:
         remedy = "correct the path or its permissions"
         if is_full(error):
             remedy = "free space there (old runs, their ray folders, mlartifacts)"
-        click.echo(
-            f"error: {where}{error.strerror}: {remedy}, then run the same command again to resume", err=True
-        )
+        click.echo(f"error: {where}{error.strerror}: {remedy}, then run the same command again", err=True)
         return 1
 
 

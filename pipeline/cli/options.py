@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +14,69 @@ from click.shell_completion import CompletionItem
 from istanas.errors import ConfigError
 from istanas.methods import METHODS
 
-Command = Callable[..., Any]
+Function = Callable[..., Any]
+
+RESUMES = "run the same command again to resume"
+STARTS_OVER = "nothing was stored; the same command starts over"
+
+
+@contextmanager
+def hint_after_interrupt(hint: str) -> Iterator[None]:
+    """Let the message after an interrupt of the body end with a hint, unless the interrupt has one already."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if str(error):
+            raise
+        raise KeyboardInterrupt(hint) from None
+
+
+class Command(click.Command):
+    """A command of istanas, whose errors about extra arguments name the option that was probably meant.
+
+    Args:
+        arguments: As for `click.Command`.
+        resumes: Whether the same command resumes after an interrupt. The others store nothing before their end.
+        settings: As for `click.Command`.
+    """
+
+    allow_extra_args = True  # for `parse_args`
+
+    def __init__(self, *arguments: Any, resumes: bool = False, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.hint = RESUMES if resumes else STARTS_OVER
+
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        """Parse the arguments, which also loads the plugins."""
+        with hint_after_interrupt(self.hint):
+            return super().make_context(*arguments, **settings)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the arguments.
+
+        Raises:
+            click.UsageError: An argument is wrong, or there are too many.
+        """
+        rest = super().parse_args(ctx, args)
+        if ctx.args and not ctx.resilient_parsing:
+            extra = ctx.args[0]
+            has_config = any("--config" in param.opts for param in self.params)
+            meant = has_config and _is_configuration(extra)
+            remedy = f"did you mean --config {shlex.quote(extra)}?" if meant else "leave it out"
+            raise click.UsageError(f"{extra!r:.80}: an unexpected argument; {remedy}", ctx)
+        return rest
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with hint_after_interrupt(self.hint):
+            return super().invoke(ctx)
+
+
+def _is_configuration(argument: str) -> bool:
+    """Return whether an argument is an existing file or the name of a configuration of the package."""
+    from pipeline.config.load import shipped_files
+
+    return Path(argument).is_file() or argument in shipped_files()
 
 
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -44,8 +108,35 @@ def _load_plugins(ctx: click.Context, param: click.Parameter, value: tuple[str, 
     ctx.meta[GIVEN_PLUGINS] = value
 
 
-def config_options(command: Command) -> Command:
-    """Add the options that every command with a configuration has."""
+_FILE = "Configuration file (YAML), or the name of one that istanas config --list shows."
+_PLACES = "runs and mlflow.db in the working directory (the store may also be named by MLFLOW_TRACKING_URI)"
+
+
+def config_options(command: Function) -> Function:
+    """Add the options of a command whose configuration says what to do."""
+    default = "Without it, the configuration of the handwritten digits is used."
+    return _config_options(command, f"{_FILE} {default}")
+
+
+def store_options(command: Function) -> Function:
+    """Add the options of a command whose configuration only says where runs are found."""
+    return _config_options(
+        command,
+        f"{_FILE} It only says where runs are found: the folder runtime.runs_dir and the MLflow store tracking.uri. "
+        f"Without it, these are {_PLACES}.",
+    )
+
+
+def run_options(command: Function) -> Function:
+    """Add the options of a command that uses the configuration of a run, unless another one is given."""
+    return _config_options(
+        command,
+        f"{_FILE} It replaces the configuration of RUN, and says where RUN is found: in the folder runtime.runs_dir or "
+        f"the MLflow store tracking.uri. Without it, RUN keeps its own configuration and is looked up in {_PLACES}.",
+    )
+
+
+def _config_options(command: Function, help_of_config: str) -> Function:
     command = click.option(
         "--plugin",
         multiple=True,
@@ -58,16 +149,11 @@ def config_options(command: Command) -> Command:
         "executed.",
     )(command)
     return click.option(
-        "--config",
-        "file",
-        metavar="FILE|NAME",
-        shell_complete=complete_file,
-        help="Configuration file (YAML), or the name of one that istanas config --list shows. Without it, the "
-        "configuration of the handwritten digits is used.",
+        "--config", "file", metavar="FILE|NAME", shell_complete=complete_file, help=help_of_config
     )(set_option(command))
 
 
-def set_option(command: Command) -> Command:
+def set_option(command: Function) -> Function:
     """Add --set, which overrides settings."""
     return click.option(
         "--set",
@@ -92,7 +178,7 @@ class Workers(click.ParamType):
             self.fail(f"{error.problem}; {error.remedy}", param, ctx)
 
 
-def placement_options(command: Command) -> Command:
+def placement_options(command: Function) -> Function:
     """Add the options that decide where workers run. Each sets a key of `runtime`."""
     command = click.option(
         "--address",
@@ -109,20 +195,7 @@ def placement_options(command: Command) -> Command:
     )(command)
 
 
-def starts_over(command: Command) -> Command:
-    """Let the message after an interrupt say that the command, which stores nothing before its end, starts over."""
-
-    @functools.wraps(command)
-    def wrapped(*arguments: Any, **options: Any) -> Any:
-        try:
-            return command(*arguments, **options)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("nothing was stored; the same command starts over") from None
-
-    return wrapped
-
-
-def job_options(command: Command) -> Command:
+def job_options(command: Function) -> Function:
     """Add the options that every job has."""
     command = click.option(
         "--fresh", is_flag=True, help="Delete the contents of the run directory, and start over."
@@ -130,7 +203,7 @@ def job_options(command: Command) -> Command:
     return config_options(placement_options(json_option(command)))
 
 
-def json_option(command: Command) -> Command:
+def json_option(command: Function) -> Function:
     """Add --json, which prints the result for programs."""
     return click.option(
         "--json", "as_json", is_flag=True, help="Print one JSON object as the last line on stdout."

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from pipeline.cli.options import complete_file, complete_folder, config_options, json_option, starts_over
+from pipeline.cli.options import (
+    Command,
+    complete_file,
+    complete_folder,
+    json_option,
+    run_options,
+    store_options,
+)
 from pipeline.cli.output import (
     check_csv,
     console_for,
@@ -18,7 +25,7 @@ from pipeline.cli.output import (
 from pipeline.jobs.settings import load_config, run_and_config
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.argument("files", metavar="FILE|DIR...", nargs=-1, required=True, shell_complete=complete_file)
 @click.option(
@@ -27,9 +34,8 @@ from pipeline.jobs.settings import load_config, run_and_config
     type=click.Path(path_type=Path, allow_dash=True),
     help="Write the predictions to this file (CSV); - is stdout.",
 )
-@config_options
+@store_options
 @json_option
-@starts_over
 def predict(
     reference: str,
     files: tuple[str, ...],
@@ -80,7 +86,7 @@ def _complain(line: str) -> None:
     click.echo(f"error: {printable(line)}", err=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.option(
     "--data",
@@ -93,9 +99,8 @@ def _complain(line: str) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the files about --data. Default: evaluation.",
 )
-@config_options
+@run_options
 @json_option
-@starts_over
 def evaluate(
     reference: str,
     data: Path | None,

@@ -12,19 +12,21 @@ import click
 
 from istanas.errors import IstanasError
 from pipeline.cli.options import (
+    Command,
     complete_file,
     complete_folder,
     complete_method,
     config_options,
     json_option,
-    starts_over,
+    run_options,
+    store_options,
 )
 from pipeline.cli.output import console_for, print_json, write_csv
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS, TOLERANCE_POINTS
 from pipeline.jobs.settings import load_config, run_and_config
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--kind", type=click.Choice(KINDS), help="Show only runs of this kind.")
 @click.option(
     "--method", metavar="NAME", shell_complete=complete_method, help="Show only runs of this search method."
@@ -51,7 +53,7 @@ from pipeline.jobs.settings import load_config, run_and_config
     shell_complete=complete_folder,
     help="Show the trials of a sweep, with every swept setting.",
 )
-@config_options
+@store_options
 @json_option
 def results(
     file: str | None,
@@ -114,7 +116,7 @@ def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, s
             raise click.UsageError(f"--{name}: {table}, leave it out")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("references", metavar="RUN RUN...", nargs=-1, shell_complete=complete_folder)
 @click.option(
     "--out",
@@ -123,7 +125,7 @@ def _check_table(one_stage: bool, sweep_run: str | None, filters: Mapping[str, s
     show_default=True,
     help="Folder of the page and the figure.",
 )
-@config_options
+@store_options
 @json_option
 def compare(
     references: tuple[str, ...], out: Path, file: str | None, overrides: tuple[str, ...], as_json: bool
@@ -144,8 +146,8 @@ def compare(
         print_json(result)
 
 
-@click.command()
-@config_options
+@click.command(cls=Command)
+@store_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=5000, show_default=True, help="Port; if it is in use, the next free one.")
 @json_option
@@ -162,7 +164,7 @@ def ui(file: str | None, overrides: tuple[str, ...], host: str, port: int, as_js
     raise click.exceptions.Exit(code)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="FILE|NAME|RUN|random:SEED|TEXT", shell_complete=complete_file)
 @click.option(
     "--out",
@@ -197,7 +199,7 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
         )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.option(
     "--precision",
@@ -214,9 +216,8 @@ def draw(reference: str, out: Path, file: str | None, overrides: tuple[str, ...]
     help="Largest loss of top-1 accuracy by int8, in percentage points; above it, the export is refused. "
     f"[default: {TOLERANCE_POINTS:g}]",
 )
-@config_options
+@run_options
 @json_option
-@starts_over
 def export(
     reference: str,
     precision: Literal["fp32", "int8"],
@@ -249,7 +250,7 @@ def export(
         print_json(result)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.option(
     "--metric",
@@ -260,7 +261,7 @@ def export(
     "test split, which is then no longer a fair estimate of the champion's accuracy.",
 )
 @click.option("--force", is_flag=True, help="Move the alias regardless of the metric.")
-@config_options
+@run_options
 @json_option
 def promote(
     reference: str, metric: str, force: bool, file: str | None, overrides: tuple[str, ...], as_json: bool
@@ -291,9 +292,9 @@ def promote(
         raise click.exceptions.Exit(1)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
-@config_options
+@run_options
 @json_option
 def sync(reference: str, file: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Send a run's missing records to MLflow; safe to run repeatedly.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.cli.options import complete_file, job_options
+from pipeline.cli.options import STARTS_OVER, Command, complete_file, hint_after_interrupt, job_options
 from pipeline.cli.output import console_for, print_json, show_result, show_sweep_result
 from pipeline.jobs.settings import load_config, load_for_genotype
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.jobs.context import JobContext
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @job_options
 def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     """Search for an architecture."""
@@ -31,7 +31,7 @@ def search(as_json: bool, fresh: bool, **settings: Any) -> None:
     show_result(result, as_json, context.console, config)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.option(
     "--genotype",
     required=True,
@@ -57,7 +57,7 @@ def retrain(genotype: str, as_json: bool, fresh: bool, **settings: Any) -> None:
     show_result(result, as_json, context.console, config, kind="retrain")
 
 
-@click.command(name="run")
+@click.command(name="run", cls=Command, resumes=True)
 @job_options
 def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     """Search, then retrain the result (one-stage: search and export).
@@ -72,7 +72,7 @@ def run_command(as_json: bool, fresh: bool, **settings: Any) -> None:
     show_result(result, as_json, context.console, config)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -95,7 +95,8 @@ def sweep(as_json: bool, fresh: bool, dry_run: bool, **settings: Any) -> None:
 
     with _context(config, name, as_json, fresh) as context:
         if dry_run:
-            plan = print_dry_run(config, context.console, context.runtime)
+            with hint_after_interrupt(STARTS_OVER):
+                plan = print_dry_run(config, context.console, context.runtime)
             if as_json:
                 print_json(asdict(plan))
             return

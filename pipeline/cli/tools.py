@@ -12,20 +12,22 @@ from typing import Any
 import click
 
 from pipeline.cli.options import (
+    STARTS_OVER,
+    Command,
     complete_file,
     complete_folder,
     config_options,
+    hint_after_interrupt,
     json_option,
     placement_options,
     set_option,
-    starts_over,
 )
 from pipeline.cli.output import console_for, print_json
 from pipeline.config.choices import JPEG_QUALITY
 from pipeline.jobs.settings import load_config, load_for_genotype
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path), shell_complete=complete_folder)
 @click.option(
     "--out",
@@ -43,7 +45,6 @@ from pipeline.jobs.settings import load_config, load_for_genotype
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @set_option
 @json_option
-@starts_over
 def new(
     folder: Path, out: Path | None, budget: str | None, force: bool, overrides: tuple[str, ...], as_json: bool
 ) -> None:
@@ -63,7 +64,7 @@ def new(
         print_json(result)
 
 
-@click.command()
+@click.command(cls=Command, resumes=True)
 @click.argument(
     "folder",
     metavar="[DIR]",
@@ -180,16 +181,18 @@ def pack(
             processes=processes,
             console=console,
         )
-    elif indexed is not None:
-        result = job.run_index(indexed, processes=processes, console=console)
     else:
-        assert checked is not None
-        result = job.run_check(checked, processes=processes, console=console)
+        with hint_after_interrupt(STARTS_OVER):
+            if indexed is not None:
+                result = job.run_index(indexed, processes=processes, console=console)
+            else:
+                assert checked is not None
+                result = job.run_check(checked, processes=processes, console=console)
     if as_json:
         print_json(result)
 
 
-@click.command(name="config")
+@click.command(name="config", cls=Command)
 @click.option(
     "--describe",
     is_flag=False,
@@ -263,7 +266,7 @@ def config_command(
             click.echo(configuration.to_yaml(public), nl=False)
 
 
-@click.command()
+@click.command(cls=Command)
 @config_options
 @placement_options
 @json_option
@@ -290,7 +293,7 @@ def doctor(as_json: bool, **settings: Any) -> None:
     raise click.exceptions.Exit(1 if any(check.state == "fail" for check in checks) else 0)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--job",
     type=click.Choice(["search", "retrain"]),
@@ -336,7 +339,7 @@ def profile(
         print_json(result)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--out",
     required=True,
@@ -372,7 +375,6 @@ def profile(
 )
 @config_options
 @json_option
-@starts_over
 def latency(out: Path, backend: str, batch_size: int, runs: int, as_json: bool, **settings: Any) -> None:
     """Measure how long each candidate takes, for a search.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
-from istanas.errors import ConfigError
+from istanas.errors import ConfigError, LayoutError
 
 
 class ConflictError(ConfigError):
@@ -60,3 +61,22 @@ def fields_of(mistake: ConfigError) -> tuple[str, ...]:
     if isinstance(mistake, ConflictError):
         return mistake.fields
     return () if mistake.field is None else (mistake.field,)
+
+
+@contextmanager
+def layout_is_an_argument() -> Iterator[None]:
+    """Count a folder that is no picture folder as a bad argument of a command, in the body.
+
+    Raises:
+        ConfigError: Instead of a `LayoutError`.
+
+    Example:
+        >>> with layout_is_an_argument():
+        ...     raise LayoutError("photos has no pictures", field="DIR")
+        Traceback (most recent call last):
+        istanas.errors.ConfigError: DIR: photos has no pictures
+    """
+    try:
+        yield
+    except LayoutError as error:
+        raise ConfigError(error.problem, field=error.field, remedy=error.remedy) from None

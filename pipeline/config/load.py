@@ -27,7 +27,14 @@ from pipeline.base.redaction import without_secrets
 from pipeline.config.keys import is_known, is_text, known_keys, known_methods, schemas_of_methods
 from pipeline.config.plugins import plugin_digests
 from pipeline.config.schema import Config, considers_costs
-from pipeline.config.validation import check_combinations, printable, schema_of, shown_override, validate
+from pipeline.config.validation import (
+    check_combinations,
+    origin_of,
+    printable,
+    schema_of,
+    shown_override,
+    validate,
+)
 from pipeline.config.yaml_files import NOT_YAML, describe_error, dump, parse, read_file
 
 _HASHED = {
@@ -274,7 +281,7 @@ def _check_method(
         where = f"without --config the settings come from {source}, which" if is_default else source
         raise ConfigError(
             f"{where} sets search.{printable(foreign[0])}, which belongs to another method",
-            field=f"--set {given[-1]!r:.80}",
+            field=shown_override(given[-1]),
             remedy=f"give --config with a file for {method}, such as {example}",
         )
 
@@ -440,7 +447,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
     if not _is_utf8(override):
         raise ConfigError(
-            f"{text!a} is not UTF-8", field=f"--set {key}", remedy="rename the file or folder that it names"
+            f"{text!a} is not UTF-8",
+            field=f"{origin_of(override)} {key}",
+            remedy="rename the file or folder that it names",
         )
     try:
         value = _text(text) if is_text(key) else parse(text)

@@ -100,9 +100,25 @@ def printable(key: Any) -> str:
     return str(key) if str(key).isprintable() else repr(key)
 
 
+class Keyword(str):
+    """An override "key.path=value" that was a keyword argument of a Python function, and is named so in messages."""
+
+    __slots__ = ()
+
+
 def shown_override(override: str) -> str:
-    """Return an override as a message quotes it: shortened, and without passwords."""
-    return f"--set {without_secrets(override)!r:.80}"
+    """Return an override as a message quotes it: shortened, and without passwords.
+
+    Example:
+        >>> shown_override("sed=3"), shown_override(Keyword("sed=3"))
+        ("--set 'sed=3'", "keyword argument 'sed=3'")
+    """
+    return f"{origin_of(override)} {without_secrets(override)!r:.80}"
+
+
+def origin_of(override: str) -> str:
+    """Return how the user gave an override: "--set", or "keyword argument"."""
+    return "keyword argument" if isinstance(override, Keyword) else "--set"
 
 
 def _source_of(
@@ -140,7 +156,7 @@ def _source_of_conflict(source: str, conflict: ConfigError, overrides: Sequence[
     named = [override for override in overrides if override.partition("=")[0] in keys]
     if named:
         return " ".join(map(shown_override, named))
-    return f"{source} with --set" if overrides else source
+    return f"{source} with {origin_of(overrides[-1])}" if overrides else source
 
 
 def _mistake(error: Any, schema: type[Config]) -> ConfigError:

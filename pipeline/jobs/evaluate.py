@@ -169,7 +169,8 @@ def labelled_files(data: Path, class_names: tuple[str, ...], say: Callable[[str]
     field = f"--data {shown(str(data))}"
     remedy = "name a folder with one sub-folder of pictures for each class"
     if not data.is_dir():
-        raise ConfigError("no such folder", field=field, remedy=remedy)
+        problem = "a file, not a folder" if data.exists() else "no such folder"
+        raise ConfigError(problem, field=field, remedy=remedy)
     root = next((data / split for split in TEST_SPLITS if (data / split).is_dir()), data)
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:

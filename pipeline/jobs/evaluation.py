@@ -46,7 +46,11 @@ class ClassFigures(TypedDict):
 
 
 class Mistake(TypedDict):
-    """A picture that is not recognised, with the probabilities of the predicted and of the true class."""
+    """A picture that is not recognised, with the probabilities of the predicted and of the true class.
+
+    `picture` is its file: as it was given, or relative to the root of the data set. A picture without a file of its own
+    is "test picture N", where N is its place in the test split, from 0.
+    """
 
     picture: str
     true: str
@@ -158,9 +162,8 @@ def evaluate_dataset(
     test = dataset.test
 
     def name_of(index: int) -> str:
-        if isinstance(test, FilePictures):
-            return shown(test.short_names([index])[0])
-        return f"test picture {index}"
+        name = test.name(index)
+        return f"test picture {index}" if name is None else shown(name)
 
     parts = torch.arange(len(test)).split(BATCH)
     steps = predictor.preprocessing

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from istanas.data import Survey
-from istanas.data.folders import count_of, has_class_folders_only
+from istanas.data.folders import count_of, has_class_folders_only, not_a_folder
 from istanas.data.request import GivenFolder
 from istanas.distributed import Ranks
 from istanas.errors import ConfigError
@@ -29,6 +29,7 @@ from istanas.space import random_genotype
 from istanas.training import derive_seed
 from pipeline.base.files import atomic_write, writable_file
 from pipeline.base.text import duration
+from pipeline.config.errors import layout_is_an_argument
 from pipeline.config.keys import value_at
 from pipeline.config.load import load
 from pipeline.config.schema import Config
@@ -44,7 +45,7 @@ from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import decode_settings_of, describe_pictures, settle_stems, survey_of
 from pipeline.training.profiling import seconds_of, step_seconds
 
-GIVEN = GivenFolder("DIR", "name")
+GIVEN = GivenFolder("DIR", "name", test_fraction=None)
 STEPS = 5  # measured steps of each job
 CELLS = 3  # random cells whose retraining is measured, because the cell that a search will find is not known
 LINE = 110  # characters of a comment
@@ -168,7 +169,7 @@ def _target(root: Path, out: Path | None, force: bool) -> Path:
     """Return the file to write, after a check of both paths."""
     if not root.is_dir():
         raise ConfigError(
-            f"no such folder: {root}",
+            not_a_folder(root),
             field="DIR",
             remedy="name a folder with CLASS/*, or with train/CLASS/* and test/CLASS/*",
         )
@@ -193,8 +194,9 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
                 field=f"--set {override!r:.60}",
                 remedy="change it in the file, or give a key of another section, such as search.epochs=10",
             )
-    config = load(None, _pictures(root, given))
-    survey = survey_of(config.data, progress_on("checking", console), given=GIVEN)
+    with layout_is_an_argument():
+        config = load(None, _pictures(root, given))
+        survey = survey_of(config.data, progress_on("checking", console), given=GIVEN)
     assert survey is not None, "a picture folder has one"
     return survey
 

@@ -80,6 +80,17 @@ def overrides_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(given)
 
 
+def keywords_of(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keyword arguments of a Python function as overrides, whose mistakes name the keyword.
+
+    Raises:
+        ConfigError: See `overrides_of`.
+    """
+    from pipeline.config.validation import Keyword
+
+    return tuple(map(Keyword, overrides_of(settings)))
+
+
 def find_run(reference: str, config: Config) -> RunDir:
     """Return the run that a reference names, see `pipeline.tracking.references.resolve_run`.
 

@@ -31,6 +31,10 @@ def evaluation_contents(folder: Path) -> dict[str, Any] | None:
         "confusion": _confusion_rows(names, figures["confusion"]) if shown else None,
         "mistakes": data_uri(picture.read_bytes()) if figures["mistakes"] and picture.is_file() else None,
         "mistakes_label": mistakes_label(figures),
+        "mistake_rows": [
+            (each["picture"], each["true"], each["predicted"], f"{each['probability']:.2f}")
+            for each in figures["mistakes"]
+        ],
     }
 
 

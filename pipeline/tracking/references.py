@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from istanas.errors import CheckpointError, ConfigError, GenotypeError
 from istanas.methods import trains_target
 from istanas.space import PUBLISHED, Genotype, SearchSpace, parsed_genotype, random_genotype
 from pipeline.base.addresses import checked_address, is_remote, sqlite_file
-from pipeline.base.text import one_line
+from pipeline.base.text import one_line, percent
 from pipeline.config.load import load
 from pipeline.config.plugins import explain_missing
 from pipeline.config.schema import Config
@@ -462,13 +463,24 @@ def _name(run: RunDir) -> str:
         return run.path.name
 
 
+def _described(run: RunDir) -> str:
+    """Return what tells a run from others of its name: when it was started, and its test accuracy if it has one."""
+    try:
+        record = run.read()
+    except CheckpointError:
+        return "its record cannot be read"
+    started = f"{datetime.fromtimestamp(record.started_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
+    top1 = record.result.get("test_top1")
+    return f"{started}, test top-1 {percent(top1)}" if isinstance(top1, float) else started
+
+
 def _run_of_name(ref: str, runs: list[RunDir], runs_dir: Path) -> RunDir:
     found = [run for run in runs if ref in (run.path.name, str(run.path.relative_to(runs_dir)))]
     found = found or [run for run in runs if _name(run) == ref]
     if len(found) == 1:
         return found[0]
     if found:
-        paths = ", ".join(bucket.shown(run.path) for run in found)
+        paths = ", ".join(f"{bucket.shown(run.path)} ({_described(run)})" for run in found)
         raise ConfigError(
             f"means {len(found)} runs", field=f"run {ref!r}", remedy=f"give one of these directories: {paths}"
         )

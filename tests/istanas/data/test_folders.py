@@ -730,7 +730,7 @@ def test_a_folder_inside_a_folder_of_an_archive_is_named(tmp_path: Path, load: L
     (inner / "kept").rename(inner / "train" / "train")
     with pytest.raises(
         DataError,
-        match=r"contains 1 class, .*; move the folders in .*train/train one level up$",
+        match=r"has only one class, train; move the folders in .*train/train one level up$",
     ):
         load(inner)
 
@@ -903,7 +903,9 @@ def test_large_pictures_that_change_places_are_other_data(tmp_path: Path, load: 
 
 def class_folders(root: Path, counts: dict[str, int]) -> Path:
     """Grey pictures of some classes, each with a value of its own."""
+    root.mkdir()
     for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             save(root / name / f"{i:02}.png", grey(50 * number + i))
     return root
@@ -938,7 +940,45 @@ def test_a_fraction_of_each_class_is_the_test_split(tmp_path: Path, load: Load) 
             r"bee contains 1 picture, of which none would be left for training; add some",
         ),
         ({"ant": 2, "bee": 2}, 0.1, r"data\.test_fraction: 0\.1 of 4 pictures is no test picture; raise it"),
-        ({"ant": 2}, 0.2, r"pictures contains 1 class, at least two are needed"),
+        (
+            {"ant": 2},
+            0.2,
+            r"pictures has only one class, ant; two or more are needed, each in its own folder",
+        ),
+        (
+            {"ant": 2},
+            0.0,
+            r"pictures has only one class, ant; two or more are needed, each in its own folder",
+        ),
+        *(
+            case
+            for fraction in (0.0, 0.2)
+            for case in (
+                (
+                    {},
+                    fraction,
+                    r"pictures has no pictures; put them into CLASS/\*, one folder for each class",
+                ),
+                ({"ant": 0}, fraction, r"pictures has no pictures; "),
+                (
+                    {".": 3},
+                    fraction,
+                    r"pictures has 3 pictures but no class folders; put them into CLASS/\*$",
+                ),
+            )
+        ),
+        ({"ant": 0, "bee": 0}, 0.2, r"ant contains no picture; add some"),
+        ({"ant": 1, "bee": 0}, 0.2, r"bee contains no picture; add some"),
+        (
+            {"train": 1, "test": 1},
+            0.0,
+            r"train has 1 picture but no class folders; put them into train/CLASS/\*$",
+        ),
+        (
+            {"x/ant": 1, "x/bee": 1},
+            0.0,
+            r"only one folder, x, which has the class folders; set data.root=.*/x$",
+        ),
         (
             {"train/ant": 2, "train/bee": 2},
             0.2,

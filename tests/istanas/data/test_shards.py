@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tarfile
@@ -603,3 +604,20 @@ def test_a_shard_truncated_in_mid_epoch_ends_it_with_a_line(copy: Path) -> None:
     again = list(loader)
     assert torch.equal(again[0].images, first.images)
     assert len(again) == 6
+
+
+@pytest.mark.parametrize("size", [32, 66], ids=["in memory", "in files"])
+def test_pictures_are_named_relative_to_the_root(
+    size: int, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures, shards = load(packed.parent / "pictures", "folder", size), load(packed, size=size)
+    assert pictures.test.name(4) == "test/class 1/1.v1.jpg"
+    assert pictures.train.name(0) == "train/class 0/0.v0.jpg"
+    assert re.fullmatch(r"test/shard-\d{6}\.tar/class 1/1\.v1\.jpg", str(shards.test.name(4)))
+    monkeypatch.chdir(packed.parent)
+    assert load(Path("pictures"), "folder", size).test.name(4) == pictures.test.name(4)
+    assert load(Path(packed.name), size=size).test.name(4) == shards.test.name(4)
+
+
+def test_pictures_that_are_no_files_have_no_names() -> None:
+    assert load_dataset("digits").test.name(0) is None

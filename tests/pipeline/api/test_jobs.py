@@ -80,6 +80,16 @@ def test_a_command_and_a_call_have_the_same_run(
     assert pipeline.load(again.reference).result == pipeline.load(again.path.name).result == again.result
 
 
+def test_a_finished_run_is_printed_on_a_short_line(
+    trained: "pipeline.FinishedRun[Any]", tmp_path: Path
+) -> None:
+    place, top1 = f"runs/{trained.path.name}", trained.result["test_top1"]
+    expected = f"FinishedRun(name='digits-retrain', kind='retrain', path='{place}', test_top1={top1:.4f})"
+    assert repr(trained) == str(trained) == expected
+    assert len(expected) < 110
+    assert repr(pipeline.FinishedRun(tmp_path / "gone", {})) == f"FinishedRun(path='{tmp_path}/gone')"
+
+
 def test_a_finished_run_does_not_depend_on_the_working_directory(
     trained: "pipeline.FinishedRun[Any]", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,7 +214,18 @@ def test_an_interrupted_call_is_resumed_by_the_same_call() -> None:
     ("call", "line"),
     [
         (lambda: pipeline.search("no.yaml"), r"no\.yaml: cannot be read"),
-        (lambda: pipeline.search("digits.yaml", sed=3), "sed: unknown key"),
+        (
+            lambda: pipeline.search("digits.yaml", sed=3),
+            "^keyword argument 'sed=3': sed: unknown key; did you mean seed",
+        ),
+        (
+            lambda: pipeline.search("digits.yaml", search={"epochs": 0}),
+            r"^keyword argument 'search=.*: search\.epochs: 0 is",
+        ),
+        (
+            lambda: pipeline.search("digits.yaml", method="one_stage"),
+            "^keyword argument 'method=\"one_stage\"': digits.yaml sets ",
+        ),
         (lambda: pipeline.search("digits.yaml", **{"search.lr": math.nan}), "search.lr: 'NaN' is invalid"),
         (
             lambda: pipeline.search("digits.yaml", seed=torch),

@@ -18,8 +18,9 @@ import pytest
 
 from istanas.space import PUBLISHED, CellSpace, Genotype, random_genotype
 from pipeline.base.interruption import STILL_CLOSING
+from pipeline.cli import options
 from pipeline.cli.commands import cli, run
-from pipeline.cli.options import starts_over
+from pipeline.cli.options import RESUMES, STARTS_OVER, hint_after_interrupt
 from pipeline.config.load import load, run_hash
 from pipeline.runs.directory import RunDir
 from tests.warm import warm_program
@@ -154,6 +155,18 @@ def test_every_command_has_help(istanas: Command, command: str) -> None:
         assert (option in out) == (jobs or command == "doctor")
 
 
+@pytest.mark.parametrize(
+    "command", ["predict", "results", "compare", "ui", "evaluate", "export", "promote", "sync"]
+)
+def test_the_help_says_what_a_configuration_is_for(istanas: Command, command: str) -> None:
+    text = " ".join(istanas(command, "--help")[1].split())
+    assert "handwritten digits" not in text
+    assert "runtime.runs_dir" in text
+    assert ("It only says where runs are found" in text) == (
+        command in ("predict", "results", "compare", "ui")
+    )
+
+
 def test_help_lists_the_commands(istanas: Command) -> None:
     assert tuple(sorted(COMMANDS)) == tuple(sorted(cli.commands))
     code, out, err = istanas()
@@ -188,7 +201,20 @@ def test_the_version_is_that_of_the_package(istanas: Command) -> None:
     [
         (["serch"], "serch"),
         (["search", "--bogus"], "--bogus"),
-        (["search", "extra"], "extra"),
+        (
+            ["search", "extra"],
+            "error: 'extra': an unexpected argument; leave it out. See: istanas search --help",
+        ),
+        (["run", "tiny.yaml"], "did you mean --config tiny.yaml? See: istanas run --help"),
+        (
+            ["doctor", "one_stage_digits"],
+            "did you mean --config one_stage_digits? See: istanas doctor --help",
+        ),
+        (
+            ["pack", "pictures", "tiny.yaml", "--out", "x"],
+            "'tiny.yaml': an unexpected argument; leave it out. ",
+        ),
+        (["evaluate", "nothing", "--out", "x"], "leave it out. See: istanas evaluate --help"),
         (["retrain"], "--genotype"),
         (["sync"], "RUN"),
         (["promote"], "RUN"),
@@ -849,10 +875,33 @@ def unignore_sigint() -> Any:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def test_an_interrupted_command_that_stores_nothing_says_so() -> None:
-    @starts_over
+RESUMING = ("search", "retrain", "run", "sweep", "benchmark", "versus", "rank", "promote", "sync")
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in WITHOUT_CONFIG])
+def test_after_an_interrupt_only_a_job_is_said_to_resume(istanas: Command, here: Path, command: str) -> None:
+    (here / "interrupted.py").write_text("raise KeyboardInterrupt")
+    says = "run the same command again to resume"
+    if command not in RESUMING:
+        says = "nothing was stored; the same command starts over"
+    code, out, err = istanas(command, "--plugin", "interrupted.py")
+    assert (code, out, err.strip()) == (130, "", f"interrupted: {says}")
+
+
+@pytest.mark.parametrize(("resumes", "says"), [(False, STARTS_OVER), (True, RESUMES)])
+def test_an_interrupt_while_a_command_works_has_the_hint(resumes: bool, says: str) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt, match="nothing was stored; the same command starts over"):
-        interrupted()
+    command = options.Command("interrupted", callback=interrupted, resumes=resumes)
+    with pytest.raises(KeyboardInterrupt, match=says):
+        command.invoke(command.make_context("interrupted", []))
+
+
+def test_a_command_may_give_its_own_hint_after_an_interrupt() -> None:
+    with (
+        pytest.raises(KeyboardInterrupt, match="the inner hint"),
+        hint_after_interrupt("another hint"),
+        hint_after_interrupt("the inner hint"),
+    ):
+        raise KeyboardInterrupt

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
-from pipeline.jobs.evaluate import are_training_pictures
+from istanas.errors import ConfigError
+from pipeline.jobs.evaluate import are_training_pictures, labelled_files
 from pipeline.jobs.evaluation import WORST, Evaluation, evaluate
 from pipeline.report.mistakes import draw_mistakes
 
@@ -55,6 +56,14 @@ def test_the_worst_mistakes_have_the_least_likely_true_classes() -> None:
     assert first["true"] == NAMES[labels[worst[0]]]
     assert first["predicted"] == NAMES[values[worst[0]].argmax()]
     assert first["probability"] == pytest.approx(values[worst[0]].max())
+
+
+def test_a_file_in_the_place_of_a_folder_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"note\.txt: a file, not a folder; name a folder with one sub-folder"
+    ):
+        labelled_files(tmp_path / "note.txt", NAMES, lambda line: None)
 
 
 def test_the_grid_has_a_cell_for_each_picture() -> None:

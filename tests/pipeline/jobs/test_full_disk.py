@@ -160,7 +160,7 @@ def test_the_command_says_in_one_line_what_to_free(
     (line,) = err.splitlines()
     assert re.fullmatch(
         rf"error: {disk}/\S+/checkpoints/epoch-0001\.pt: {FULL_DISK}: free space there \(old runs, their ray folders, "
-        "mlartifacts\\), then run the same command again to resume",
+        "mlartifacts\\), then run the same command again",
         line,
     ), line
     (path,) = (entry for entry in disk.iterdir() if entry.is_dir())

@@ -143,10 +143,29 @@ def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
     ("arguments", "code", "says"),
     [
         (["absent"], 2, "DIR: no such folder: "),
-        (["letters/train/bars"], 1, "DIR: .*letters/train/bars/train is missing; "),
-        (["empty"], 1, "DIR: .*empty/train/ant contains no picture; add some"),
-        (["unpacked"], 1, "DIR: .*unpacked/train is missing; name .*/unpacked/photos$"),
-        (["single"], 1, "DIR: .*single/train contains 1 class, at least two are needed; "),
+        (["note.txt"], 2, "DIR: .*note.txt is a file, not a folder; name a folder with CLASS/"),
+        (
+            ["letters/train/bars"],
+            2,
+            r"DIR: .*train/bars has 20 pictures but no class folders; put them into CLASS/\*$",
+        ),
+        (["one"], 2, "DIR: .*one has only one class, bird; two or more are needed, each in its own folder$"),
+        (
+            ["nothing"],
+            2,
+            r"DIR: .*nothing has no pictures; put them into CLASS/\*, one folder for each class$",
+        ),
+        (["one", "--set", "data.test_fraction=0.3"], 2, "DIR: .*one has only one class, bird; "),
+        (
+            ["untested"],
+            2,
+            r"put the pictures into test/CLASS/\*, or name a folder of CLASS/\*, the content of train/$",
+        ),
+        (["outer"], 2, "DIR: .*outer has only one folder, inner, .*; name the folder .*/outer/inner$"),
+        (["broken"], 1, "DIR: .*0.png is not a readable picture "),
+        (["empty"], 2, "DIR: .*empty/train/ant contains no picture; add some"),
+        (["single"], 2, "DIR: .*single/train has no pictures; put them into train/CLASS/"),
+        (["unpacked"], 2, "DIR: .*unpacked/train is missing; name .*/unpacked/photos$"),
         (["letters", "--budget", "2 hours"], 2, "--budget: '2 hours' is not a time; give minutes"),
         (["letters", "--budget", "0h"], 2, "--budget: '0h' is not a time; "),
         (["letters", "--out", "absent/new.yaml"], 2, "--out: absent/new.yaml cannot be written; "),
@@ -162,8 +181,23 @@ def test_bad_input_is_a_one_line_error(
     for split in ("train", "test"):
         for name in ("empty/{}/ant", "empty/{}/bee", "single/{}/ant", "unpacked/photos/{}/ant"):
             (tmp_path / name.format(split)).mkdir(parents=True)
+    for name in (
+        "one/bird",
+        "outer/inner/ant",
+        "outer/inner/bee",
+        "untested/train/ant",
+        "broken/train/ant",
+        "broken/train/bee",
+        "broken/test/ant",
+    ):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    (tmp_path / "broken" / "train" / "ant" / "0.png").write_text("no picture")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "note.txt").write_text("")
     found, _, err = istanas(*arguments)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (found, len(lines)) == (code, 1), err
     assert re.search(says, lines[0]) or says in lines[0], err
+    assert "data.test_fraction" not in lines[0] or arguments[0] != "untested"
     assert list(tmp_path.glob("*.yaml")) == []

@@ -146,7 +146,9 @@ def test_a_broken_file_is_one_line_and_the_others_are_predicted(project: Project
     assert rows[0].keys() >= {"file", "class", "probability", "class_5", "probability_5"}
     lines = err.splitlines()
     assert [line.startswith("error: ") for line in lines] == [True, True, True, False]
-    for line, words in zip(lines, ("absent.png", "broken.png", "has 9x8 pixels"), strict=False):
+    for line, words in zip(
+        lines, ("error: absent.png does not exist", "broken.png", "has 9x8 pixels"), strict=False
+    ):
         assert words in line
     assert lines[-1] == "3 of 5 files could not be used"
 

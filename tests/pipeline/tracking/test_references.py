@@ -48,7 +48,9 @@ def runs_dir(tmp_path: Path) -> Path:
     folder = tmp_path / "runs"
     make_run(folder / "digits-1111")
     make_run(folder / "cifar-2222", name="cifar-search")
-    make_run(folder / "cifar-3333", name="cifar-search")
+    make_run(
+        folder / "cifar-3333", name="cifar-search", started_ms=1_700_000_000_000, result={"test_top1": 0.9221}
+    )
     return folder
 
 
@@ -73,8 +75,11 @@ def test_a_run_one_folder_down(runs_dir: Path) -> None:
 def test_an_ambiguous_name_lists_the_candidates(runs_dir: Path) -> None:
     with pytest.raises(ConfigError, match="means 2 runs") as caught:
         run_named("cifar-search", runs_dir)
-    assert str(runs_dir / "cifar-2222") in str(caught.value)
-    assert str(runs_dir / "cifar-3333") in str(caught.value)
+    assert str(caught.value) == (
+        "run 'cifar-search': means 2 runs; give one of these directories: "
+        f"{runs_dir}/cifar-2222 (1970-01-01 00:00 UTC), "
+        f"{runs_dir}/cifar-3333 (2023-11-14 22:13 UTC, test top-1 92.21 %)"
+    )
     assert run_named("cifar-3333", runs_dir) == runs_dir / "cifar-3333"
 
 

@@ -237,6 +237,17 @@ def test_large_pictures_get_the_stem_that_fits_them(istanas: Command) -> None:
     assert own.said.count("warning: retrain.stem is cifar") == 1
 
 
+def test_the_mistakes_of_a_run_are_named_by_their_files(istanas: Command) -> None:
+    done = istanas(*RETRAIN)
+    mistakes = json.loads((done.run_dir / "evaluation.json").read_text())["mistakes"]
+    assert mistakes, "of noise, some pictures are not recognised"
+    report = (done.run_dir / "report.html").read_text()
+    for each in mistakes:
+        assert each["picture"].startswith(f"test/{each['true']}/")
+        assert Path("pictures", each["picture"]).is_file()
+        assert f'<th scope="row">{each["picture"]}</th><td>{each["true"]}</td>' in report
+
+
 # ---------- names
 @pytest.mark.parametrize("name", ["my pics #1", "123", "2024-01-01", "@eaDir", "[x]", "1e3", "a: b"])
 def test_the_folder_that_is_named_is_the_one_that_is_read(name: str, istanas: Command) -> None:

@@ -179,7 +179,7 @@ def test_the_result_of_pictures_that_are_gone_is_told_with_a_warning(
     assert warning.startswith("warning: the pictures of this result cannot be checked any more: data.root: ")
     assert "already finished" in folder.seen
     folder.root.mkdir()
-    with pytest.raises(DataError, match="train is missing"):
+    with pytest.raises(DataError, match="has no pictures"):
         folder.run(kind, *stems)
 
 
