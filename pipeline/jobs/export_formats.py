@@ -13,6 +13,7 @@ network.json, in the metadata of the ONNX file and in the extra file network.jso
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -180,4 +181,7 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
 
 def load_program(file: Path) -> Model:
     """Load a network that `torch.export.save` wrote: (B, C, H, W) -> logits (B, classes)."""
-    return torch.export.load(file).module()
+    with warnings.catch_warnings():
+        # Some releases of torch warn of a buffer of their own.
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.export.load(file).module()

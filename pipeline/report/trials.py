@@ -65,7 +65,11 @@ def read_table(folder: Path) -> pd.DataFrame:
         )
     try:
         text = io.BytesIO(read_at_most(file, TABLE_BYTES))
-        return typed(pd.read_csv(text, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
+        return typed(
+            pd.read_csv(
+                text, dtype=COLUMNS, keep_default_na=False, na_values=[""], float_precision="round_trip"
+            )
+        )
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

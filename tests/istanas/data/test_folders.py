@@ -977,7 +977,7 @@ def test_a_fraction_of_each_class_is_the_test_split(tmp_path: Path, load: Load) 
         (
             {"x/ant": 1, "x/bee": 1},
             0.0,
-            r"only one folder, x, which has the class folders; set data.root=.*/x$",
+            r"only one folder, x, which has the class folders; set data.root to .*/x$",
         ),
         (
             {"train/ant": 2, "train/bee": 2},

@@ -161,7 +161,7 @@ def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
             2,
             r"put the pictures into test/CLASS/\*, or name a folder of CLASS/\*, the content of train/$",
         ),
-        (["outer"], 2, "DIR: .*outer has only one folder, inner, .*; name the folder .*/outer/inner$"),
+        (["outer"], 2, "DIR: .*outer has only one folder, inner, .*; name .*/outer/inner$"),
         (["broken"], 1, "DIR: .*0.png is not a readable picture "),
         (["empty"], 2, "DIR: .*empty/train/ant contains no picture; add some"),
         (["single"], 2, "DIR: .*single/train has no pictures; put them into train/CLASS/"),
