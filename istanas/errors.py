@@ -55,7 +55,7 @@ class DataError(IstanasError):
 
 
 class LayoutError(DataError):
-    """A picture folder that is not one: it does not exist, or lacks its splits, its classes or all of its pictures."""
+    """A folder that does not exist, or that does not have the layout of a data set, such as its splits and classes."""
 
 
 class MissingDataError(DataError):

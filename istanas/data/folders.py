@@ -450,7 +450,7 @@ def list_folder(
     return _listing(root, class_names, files, n_train, left_out)
 
 
-def has_class_folders_only(root: Path, given: GivenFolder = DATA_ROOT) -> bool:
+def has_class_folders_only(root: Path, given: GivenFolder) -> bool:
     """Return whether a folder contains class folders and no split, so that it requires a `test_fraction`.
 
     Args:
@@ -468,9 +468,9 @@ def _list_classes(root: Path, allow_left_out: bool, test_fraction: float, given:
     """Find the classes and pictures of a folder without splits, and choose its test pictures."""
     for name in sorted(_SPLITS):
         if (root / name).is_dir():
-            raise DataError(
+            raise LayoutError(
                 f"{test_fraction} would divide the class folders of {shown(root)}, which has {name}/",
-                field=given.test_fraction or given.field,
+                field=given.test_fraction,
                 remedy=f"set it to 0 to use the splits of the folder, or {given.change} one of them",
             )
     class_names, left_out = _class_names(root, root, root, given), _LeftOuts(root, given, allow_left_out)
@@ -493,9 +493,9 @@ def _list_classes(root: Path, allow_left_out: bool, test_fraction: float, given:
                 remedy=f"add some ({' '.join(sorted(PICTURE_SUFFIXES))}) or remove the class",
             )
     if len(test) == 0:
-        raise DataError(
+        raise LayoutError(
             f"{test_fraction} of {count_of(len(files), 'picture')} is no test picture",
-            field=given.test_fraction or given.field,
+            field=given.test_fraction,
             remedy="raise it",
         )
     ordered = [files[index] for index in (*train.tolist(), *test.tolist())]
@@ -687,12 +687,17 @@ def _class_names(train: Path, test: Path, root: Path, given: GivenFolder) -> tup
     return class_names
 
 
-def _missing_split(folder: Path, root: Path, given: GivenFolder) -> DataError:
+def _missing_split(folder: Path, root: Path, given: GivenFolder) -> LayoutError:
     """Return the error for a picture folder without the folder of a split."""
     has_split = any((root / name).is_dir() for name in _SPLITS)
     nested = _nested_remedy(root, given)
     names = _directories(root, root, given)
-    if not has_split and nested is None and len(names) == 1 and has_class_folders_only(root / names[0]):
+    if (
+        not has_split
+        and nested is None
+        and len(names) == 1
+        and has_class_folders_only(root / names[0], given)
+    ):
         inner = root / names[0]
         return LayoutError(
             f"{shown(root)} has only one folder, {shown(names[0])}, which has the class folders",
@@ -702,17 +707,16 @@ def _missing_split(folder: Path, root: Path, given: GivenFolder) -> DataError:
     if not has_split and nested is None and len(names) < 2:
         return _too_few_classes(root, root, given)
     is_test = folder.name in TEST_SPLITS
-    divided = f"let {given.test_fraction} choose them from" if given.test_fraction else "name a folder of"
     return LayoutError(
         f"{shown(folder)} is missing",
         field=given.field,
         remedy=nested
-        or f"put the pictures into {'' if is_test else 'train/CLASS/* and '}test/CLASS/*, or {divided} CLASS/*"
+        or f"put the pictures into {'' if is_test else 'train/CLASS/* and '}test/CLASS/*, or {given.divides} CLASS/*"
         f"{', the content of train/' if is_test else ''}",
     )
 
 
-def _too_few_classes(folder: Path, root: Path, given: GivenFolder) -> DataError:
+def _too_few_classes(folder: Path, root: Path, given: GivenFolder) -> LayoutError:
     """Return the error for a folder that should contain a folder for each class, but has none or only one."""
     names = _directories(folder, root, given)
     place = "/".join([*folder.relative_to(root).parts, "CLASS/*"])

@@ -55,7 +55,9 @@ from istanas.files import replacing_file
 PARTS = ".parts"
 """Folder of the rows of the shards that are complete, until the index is written."""
 
-GIVEN = GivenFolder("DIR", "name", "--allow-left-out", "--test-fraction")
+PACKED_FOLDER = GivenFolder(
+    "DIR", "name", "--allow-left-out", "--test-fraction", "let --test-fraction choose them from"
+)
 """How error messages name the picture folder: as the arguments of `istanas pack`."""
 
 _VERSION = 1
@@ -160,11 +162,11 @@ def pack_folder(
         allow_left_out=allow_left_out,
         progress=checking,
         test_fraction=test_fraction,
-        pool=Pool(processes=processes, field=GIVEN.field),
-        given=GIVEN,
+        pool=Pool(processes=processes, field=PACKED_FOLDER.field),
+        given=PACKED_FOLDER,
     )
     for path in survey.listing.paths:
-        check_text(root / path, path, GIVEN, "file")
+        check_text(root / path, path, PACKED_FOLDER, "file")
     plan = _digest(survey, settings)
     parts = _prepared(root, out) / PARTS
     parts.mkdir(exist_ok=True)
@@ -226,13 +228,13 @@ def _pack(
     if progress is not None:
         progress(packed, len(listing.paths))
     open_tasks = [task for task in tasks if task.name not in done]
-    for (task,), found in Pool(1, 2, processes, GIVEN.field).map(_write_chunk, open_tasks):
+    for (task,), found in Pool(1, 2, processes, PACKED_FOLDER.field).map(_write_chunk, open_tasks):
         done[task.name] = found
         packed += len(task.paths)
         if progress is not None:
             progress(packed, len(listing.paths))
     shards = [done[task.name][0] for task in tasks]
-    write_index(out, shards, [done[task.name][1] for task in tasks], plan=plan, field=GIVEN.field)
+    write_index(out, shards, [done[task.name][1] for task in tasks], plan=plan, field=PACKED_FOLDER.field)
     shutil.rmtree(parts)
     return _packed(out, survey, settings, len(open_tasks))
 
@@ -442,11 +444,11 @@ def _content(path: Path, facts: np.void, settings: PackSettings) -> tuple[bytes,
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise unreadable(Broken.by(str(path), error), field=GIVEN.field) from error
+        raise unreadable(Broken.by(str(path), error), field=PACKED_FOLDER.field) from error
     if fingerprint_of(content) != facts["fingerprint"].tobytes():
         raise DataError(
             f"{shown(path)} has changed while the folder was packed",
-            field=GIVEN.field,
+            field=PACKED_FOLDER.field,
             remedy="run the command again when nothing writes to the folder",
         )
     small = settings.resize is None or min(int(facts["width"]), int(facts["height"])) <= settings.resize
@@ -455,7 +457,7 @@ def _content(path: Path, facts: np.void, settings: PackSettings) -> tuple[bytes,
     content = _resized(Content(content, str(path)), settings)
     found = inspect_content(Content(content, str(path)))
     if isinstance(found, Broken):
-        raise unreadable(found, field=GIVEN.field)
+        raise unreadable(found, field=PACKED_FOLDER.field)
     return content, (*found[:5], np.frombuffer(found.fingerprint, np.uint8)), _SUFFIX
 
 

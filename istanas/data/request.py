@@ -16,13 +16,15 @@ class GivenFolder(NamedTuple):
         field: The setting or argument that names the folder.
         change: The words before another folder in a remedy.
         allow_left_out: How a remedy writes that files may be left out.
-        test_fraction: The setting or argument with the share of the test pictures; `None` if the command chooses it.
+        test_fraction: The setting or argument with the share of the test pictures.
+        divides: The words before "CLASS/*" in the remedy for a folder without a test split.
     """
 
     field: str
     change: str
     allow_left_out: str = "--set data.allow_left_out=true"
-    test_fraction: str | None = "data.test_fraction"
+    test_fraction: str = "data.test_fraction"
+    divides: str = "let data.test_fraction choose them from"
 
 
 DATA_ROOT = GivenFolder("data.root", "set data.root to")

@@ -19,12 +19,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS, TEST_SPLITS
+from istanas.data.folders import FACTS, TEST_SPLITS, not_a_folder
 from istanas.data.pool import Pool, Progress
 from istanas.data.reading import PICTURE_SUFFIXES, Broken, Content, inspect_content, shown, unreadable
 from istanas.data.shard_files import SAMPLE, FolderShards, Shard, excerpt_of
 from istanas.data.shard_index import rows_table, write_index
-from istanas.errors import DataError
+from istanas.errors import DataError, LayoutError
 
 _FIELD = "--index"  # the option of istanas pack, which names the folder
 _BLOCK = tarfile.BLOCKSIZE
@@ -58,8 +58,11 @@ def index_shards(root: Path, progress: Progress | None = None, processes: int | 
         processes: Number of processes; by default one per usable core.
 
     Raises:
+        LayoutError: If there is no such folder.
         DataError: If a shard or a sample cannot be used.
     """
+    if not root.is_dir():
+        raise LayoutError(not_a_folder(root), field=_FIELD, remedy="name a folder of shards")
     if all((root / split).is_dir() for split in TEST_SPLITS):
         raise DataError(
             f"{shown(root)} has {' and '.join(f'{split}/' for split in TEST_SPLITS)}, of which one is read",

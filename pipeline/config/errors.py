@@ -64,14 +64,14 @@ def fields_of(mistake: ConfigError) -> tuple[str, ...]:
 
 
 @contextmanager
-def layout_is_an_argument() -> Iterator[None]:
-    """Count a folder that is no picture folder as a bad argument of a command, in the body.
+def layout_error_as_config_error() -> Iterator[None]:
+    """Raise a `ConfigError` instead of a `LayoutError` of the body, because an argument of a command names the folder.
 
     Raises:
         ConfigError: Instead of a `LayoutError`.
 
     Example:
-        >>> with layout_is_an_argument():
+        >>> with layout_error_as_config_error():
         ...     raise LayoutError("photos has no pictures", field="DIR")
         Traceback (most recent call last):
         istanas.errors.ConfigError: DIR: photos has no pictures

@@ -376,7 +376,7 @@ class RuntimeSettings(Section):
         None,
         description=(
             "CPU threads of each worker. null divides the cores among the workers; a job in one process then has "
-            "OMP_NUM_THREADS threads, or without this variable one for each core."
+            "OMP_NUM_THREADS threads, at most one for each core, or without this variable one for each core."
         ),
     )
     activation_checkpointing: bool = Field(

@@ -17,8 +17,8 @@ from istanas.data.reading import shown
 from istanas.data.request import GivenFolder
 from istanas.errors import ConfigError
 from pipeline.base.files import atomic_write
-from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.config.yaml_files import read_file
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
 from pipeline.jobs.evaluation import Evaluation, evaluate, evaluate_dataset, write_evaluation
@@ -139,12 +139,17 @@ def are_training_pictures(run: Path, data: Path) -> bool:
         run: The run directory. Networks in other places do not name their pictures.
         data: The folder.
     """
-    if not (run / CONFIG_FILE).is_file() or (root := load(run / CONFIG_FILE).data.root) is None:
+    if not (run / CONFIG_FILE).is_file():
+        return False
+    # Read without validation, which would require the plugins of the run.
+    root = (read_file(run / CONFIG_FILE).get("data") or {}).get("root")
+    if not isinstance(root, str):
         return False
     splits = [data / split for split in TEST_SPLITS]
     if any(split.is_dir() for split in splits):  # these are evaluated, and not used for training
         return False
-    return data.resolve() in (Path(root).resolve(), Path(root).resolve() / "train")
+    trained = Path(root).expanduser().resolve()
+    return data.resolve() in (trained, trained / "train")
 
 
 def check_folder(out: Path) -> None:

@@ -6,8 +6,10 @@ Nothing is written but the configuration, and the cache of the pictures that its
 
 from __future__ import annotations
 
+import math
 import os
 import resource
+import shlex
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -26,13 +28,15 @@ from istanas.distributed import Ranks
 from istanas.errors import ConfigError
 from istanas.limits import SMALL_SIDE
 from istanas.space import random_genotype
+from istanas.statistics import wilson_interval
 from istanas.training import derive_seed
 from pipeline.base.files import atomic_write, writable_file
 from pipeline.base.text import duration
-from pipeline.config.errors import layout_is_an_argument
+from pipeline.config.errors import layout_error_as_config_error
 from pipeline.config.keys import value_at
 from pipeline.config.load import load
 from pipeline.config.schema import Config
+from pipeline.config.threads import usable_cores
 from pipeline.config.yaml_files import dump
 from pipeline.jobs import proposal
 from pipeline.jobs.context import say_pictures, say_to
@@ -45,7 +49,7 @@ from pipeline.training.data_workers import report_lost_workers
 from pipeline.training.pictures import decode_settings_of, describe_pictures, settle_stems, survey_of
 from pipeline.training.profiling import seconds_of, step_seconds
 
-GIVEN = GivenFolder("DIR", "name", test_fraction=None)
+OWN_FOLDER = GivenFolder("DIR", "name", divides="name a folder of")
 STEPS = 5  # measured steps of each job
 CELLS = 3  # random cells whose retraining is measured, because the cell that a search will find is not known
 LINE = 110  # characters of a comment
@@ -131,8 +135,8 @@ def run_new(
     say = say_to(console)
     survey = _survey(root, given, console)
     drafts = _Drafts(root, survey, given, budget)
-    warnings = _too_few(survey)
-    for line in warnings:
+    too_few = _warnings_of_few_pictures(survey)
+    for line in too_few:
         say(line)
     with report_lost_workers(drafts.first.runtime.data_workers):
         candidate, measured, epochs = _choose(drafts, budget, console)
@@ -148,7 +152,7 @@ def run_new(
     ]
     place = describe_place(compute_for(config.runtime), Ranks())
     shown = out if out is not None else Path(target.name)
-    atomic_write(target, _as_yaml(config, choices, _heading(shown, drafts, place, [*lines, *warnings])))
+    atomic_write(target, _as_yaml(config, choices, _heading(shown, drafts, place, [*lines, *too_few])))
     for line in lines:
         say(line)
     say(f"configuration: {shown}")
@@ -194,9 +198,9 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
                 field=f"--set {override!r:.60}",
                 remedy="change it in the file, or give a key of another section, such as search.epochs=10",
             )
-    with layout_is_an_argument():
+    with layout_error_as_config_error():
         config = load(None, _pictures(root, given))
-        survey = survey_of(config.data, progress_on("checking", console), given=GIVEN)
+        survey = survey_of(config.data, progress_on("checking", console), given=OWN_FOLDER)
     assert survey is not None, "a picture folder has one"
     return survey
 
@@ -204,7 +208,7 @@ def _survey(root: Path, given: Sequence[str], console: Console) -> Survey:
 def _pictures(root: Path, given: Sequence[str]) -> list[str]:
     """Return the settings that decide what the pictures are. Of a folder without splits, some are for testing."""
     known: dict[str, Any] = {"data.name": "folder", "data.root": root}
-    if has_class_folders_only(root, GIVEN):
+    if has_class_folders_only(root, OWN_FOLDER):
         known["data.test_fraction"] = proposal.TEST_FRACTION
     return [*overrides_of(known), *(each for each in given if each.startswith(("data.", "runtime.")))]
 
@@ -366,20 +370,21 @@ class _Drafts:
         return max(self.survey.shape(candidate.image_size))
 
 
-def _too_few(survey: Survey) -> list[str]:
+def _warnings_of_few_pictures(survey: Survey) -> list[str]:
     """Return a warning for each split with too few pictures."""
     n_classes, n = len(survey.listing.class_names), survey.listing.n_train
     n_test = len(survey.listing.paths) - n
     lines = []
     if n < proposal.FEW_PER_CLASS * n_classes:
         lines.append(
-            f"warning: {count_of(n, 'training picture')} of {n_classes} classes; a network needs some tens of each "
-            "class at least, and better hundreds"
+            f"warning: {count_of(n, 'training picture')} of {n_classes} classes; a network needs at least "
+            f"{proposal.FEW_PER_CLASS} pictures of each class, preferably hundreds"
         )
     if n_test < proposal.FEW_FOR_TESTING:
+        interval = wilson_interval(n_test // 2, n_test)
         lines.append(
-            f"warning: {count_of(n_test, 'test picture')}; the 95 % interval of the test accuracy will be more than "
-            "25 points wide"
+            f"warning: {count_of(n_test, 'test picture')}; the 95 % interval of the test accuracy may be "
+            f"{100 * (interval.high - interval.low):.0f} points wide"
         )
     return lines
 
@@ -445,29 +450,48 @@ def _measure(drafts: _Drafts, candidate: Candidate, console: Console) -> Measure
 
 
 def _threads(work: Work) -> Choice | None:
-    """Use one thread or all of this process, whichever makes a step faster now, and return the setting.
-
-    Threads wait for each other, so that more of them can be slower by far where networks are small or other programs
-    use the cores. The second measurement ends after its first step if that takes twice as long.
-    """
+    """Measure a step of the search with one thread and with all of this process, and use what `_faster` returns."""
     most = torch.get_num_threads()
     if most == 1:
-        return None
+        return Choice(1, "OMP_NUM_THREADS is 1.") if usable_cores() > 1 else None
+    one = _step_with(work, 1)
+    choice = _faster(one, _step_with(work, most, most_seconds=2 * one), most)
+    torch.set_num_threads(most if choice.value is None else choice.value)
+    return choice
+
+
+def _step_with(work: Work, threads: int, most_seconds: float = math.inf) -> float:
+    """Return the median seconds of a step after a warm-up, or those of the first step if it takes longer than a limit.
+
+    Threads wait for each other, so that a step with several can take a hundred times as long as with one, where
+    networks are small or other programs use the cores.
+    """
     device = torch.device("cpu")
-    torch.set_num_threads(1)
-    work.train(1, lambda: None)
-    one = median(step_seconds(work.train, STEPS, device))
-    torch.set_num_threads(most)
-    several = seconds_of(lambda: work.train(1, lambda: None), device)
-    if several < 2 * one:
-        several = median(step_seconds(work.train, STEPS, device))
-    is_one_faster = one <= several
-    if is_one_faster:
-        torch.set_num_threads(1)
+    torch.set_num_threads(threads)
+    if (
+        seconds_of(lambda: work.train(1, lambda: None), device) > most_seconds
+    ):  # maybe because it is the first one
+        (seconds,) = step_seconds(work.train, 1, device)
+        if seconds > most_seconds:
+            return seconds
+    return median(step_seconds(work.train, STEPS, device))
+
+
+def _faster(one: float, several: float, most: int) -> Choice:
+    """Return the setting for the seconds of a step with one thread, and with `most`.
+
+    Example:
+        >>> _faster(0.05, 0.07, 2)
+        Choice(value=1, reason='A step of the search took 50 ms with 1 thread, and 70 ms with 2.')
+        >>> _faster(0.05, 0.03, 8)[0] is None
+        True
+    """
     reason = (
         f"A step of the search took {1e3 * one:.0f} ms with 1 thread, and {1e3 * several:.0f} ms with {most}."
     )
-    return Choice(1 if is_one_faster else None, f"{reason} null uses all cores.")
+    if one <= several:
+        return Choice(1, reason)
+    return Choice(None, f"{reason} null has OMP_NUM_THREADS threads, or one for each core.")
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -482,12 +506,13 @@ def _heading(file: Path, drafts: _Drafts, place: str, lines: Sequence[str]) -> l
     listing = drafts.survey.listing
     channels = "grey, 1 channel" if drafts.is_grey else "colour, 3 channels"
     n_test = len(listing.paths) - listing.n_train
+    quoted, name = shlex.quote(str(file)), f"{drafts.root.name}-2"
     return [
         f"Search and retraining on {listing.n_train:,} training and {n_test:,} test pictures of "
         f"{len(listing.class_names)} classes ({channels}).",
         "",
-        f"  istanas run --config {file}",
-        f"  istanas run --config {file} --set retrain.epochs=40 --set tracking.name={drafts.root.name}-2",
+        f"  istanas run --config {quoted}",
+        f"  istanas run --config {quoted} --set retrain.epochs=40 --set {shlex.quote(f'tracking.name={name}')}",
         "",
         f"Estimate from {STEPS} steps of the search and of the retraining of {CELLS} random cells:",
         f"  {place}",

@@ -15,7 +15,7 @@ from istanas.data.shard_files import FolderShards
 from istanas.data.shard_index import INDEX_FILE, ShardIndex, read_index
 from istanas.data.shard_scan import damaged_shards, index_shards
 from istanas.errors import ConfigError, DataError
-from pipeline.config.errors import layout_is_an_argument
+from pipeline.config.errors import layout_error_as_config_error
 from pipeline.config.threads import usable_cores
 from pipeline.jobs.context import say_to
 from pipeline.jobs.lifecycle import progress_on
@@ -48,7 +48,7 @@ def size_in_bytes(text: str) -> int:
     return size
 
 
-@layout_is_an_argument()
+@layout_error_as_config_error()
 def run_pack(
     folder: Path,
     out: Path,
@@ -97,7 +97,7 @@ def run_pack(
     }
 
 
-@layout_is_an_argument()
+@layout_error_as_config_error()
 def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Write the index of a folder of shards.
 
@@ -109,7 +109,7 @@ def run_index(folder: Path, *, processes: int | None, console: Console) -> dict[
     return _described(index, folder, "indexed", console)
 
 
-@layout_is_an_argument()
+@layout_error_as_config_error()
 def run_check(folder: Path, *, processes: int | None, console: Console) -> dict[str, Any]:
     """Compare the content of every shard with the checksum in the index.
 

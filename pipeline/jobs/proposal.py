@@ -34,7 +34,7 @@ FEW_PER_CLASS = 20
 """With fewer training pictures of each class on average, `istanas new` warns."""
 
 FEW_FOR_TESTING = 58
-"""With fewer test pictures, it warns: at an accuracy of 50 %, the interval of Wilson is then wider than 25 points."""
+"""With fewer test pictures, it warns: at an accuracy of 50 %, Wilson's interval is then wider than 25 points."""
 
 HOLDOUT = 0.1
 TEST_INTERVAL = 5  # epochs

@@ -11,7 +11,6 @@ a subclass of the two-stage search.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,8 +25,13 @@ from istanas.nets import NodeCode
 from istanas.search import RecoveryReport, SearchMethod, TwoStageSearch, TwoStageSettings, register_method
 from istanas.search.base import Place
 from istanas.training import derive_seed
-from tests.benchmarks.scored_runs import Found, Row, execute, search, summary
+from tests.benchmarks.scored_runs import Found, Row, check_paths, execute, parser, search, summary
 
+PATHS = {
+    "table": "table of true accuracies",
+    "root": "CIFAR-10 as a picture folder",
+    "work": "folder of the run directories",
+}
 RESULTS = Path(__file__).resolve().with_name("results") / "exploration.csv"
 RANKS = RESULTS.with_name("exploration_ranks.csv")
 SEARCH = {
@@ -44,7 +48,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random first": {"random_epochs": 7},
     "noise": {"recovery_steps": 10, "noise": 1.0},
     "random first, noise": {"random_epochs": 7, "recovery_steps": 10, "noise": 1.0},
-    "random first, recurrent": {"random_epochs": 7, "recovery_steps": 10, "noise": 1.0, "recurrent": True},
+    "random first, most frequent": {
+        "random_epochs": 7,
+        "recovery_steps": 10,
+        "noise": 1.0,
+        "most_frequent": True,
+    },
 }
 
 
@@ -57,14 +66,14 @@ class ExploredSettings(TwoStageSettings):
         random_epochs: Number of epochs at the beginning whose steps each compute a random architecture.
         noise: Standard deviation of the noise that recoveries within an epoch add to b, relative to the root mean
             square of b. It falls linearly to 0 at the end of the search.
-        recurrent: Whether the result keeps the candidates that the codes within the last half of the epochs kept most
-            often.
+        most_frequent: Whether the result keeps the candidates that the codes kept most often within the last half of
+            the epochs.
     """
 
     recovery_steps: Annotated[int, Ge(0)] = 0
     random_epochs: Annotated[int, Ge(0)] = 0
     noise: Annotated[float, Ge(0)] = 0.0
-    recurrent: bool = False
+    most_frequent: bool = False
 
 
 class ExploredSearch(TwoStageSearch):
@@ -117,7 +126,7 @@ class ExploredSearch(TwoStageSearch):
     def finish_epoch(self) -> RecoveryReport:
         """Recover the codes; after the last epoch, keep what recurred most often."""
         report = super().finish_epoch()
-        if self.settings.recurrent and self.is_done:
+        if self.settings.most_frequent and self.is_done:
             codes = self.codes_by_place()
             self.install({place: self._most_frequent(place, code) for place, code in codes.items()})
         return report
@@ -158,22 +167,14 @@ def run(row: Row, root: Path, work: Path) -> Found:
 
 def main() -> None:
     """Execute the runs that have no row."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", type=Path, help="table of true accuracies")
-    parser.add_argument("--root", type=Path, help="CIFAR-10 as a picture folder")
-    parser.add_argument("--work", type=Path, help="folder of the run directories")
-    parser.add_argument("--seeds", type=int, default=4, help="number of seeds, from 0")
-    parser.add_argument("--summary", action="store_true", help="print the means")
-    options = parser.parse_args()
+    made = parser(str(__doc__), **PATHS)
+    made.add_argument("--seeds", type=int, default=4, help="number of seeds, from 0")
+    options = made.parse_args()
     if options.summary:
         print(summary(RESULTS))
         return
-    if None in (options.table, options.root, options.work):
-        parser.error("--table, --root and --work are required")
+    check_paths(made, options, *PATHS)
     work, root = options.work.resolve(), options.root.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     for row in [Row(variant, seed) for seed in range(options.seeds) for variant in VARIANTS]:
         execute(row, partial(run, row, root, work), options.table, RESULTS, RANKS)
 

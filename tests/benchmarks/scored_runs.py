@@ -6,6 +6,7 @@ continue on another machine, where the run directories are not.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fcntl
 import json
@@ -32,7 +33,7 @@ ARCHITECTURES = 15_625
 
 @dataclass(frozen=True)
 class Row:
-    """A run: what is run, and its seed."""
+    """A run: what is run (a method, a variant or a cell), and its seed."""
 
     method: str
     seed: int
@@ -96,7 +97,7 @@ def execute(row: Row, run: Callable[[], Found], table: Path, results: Path, rank
         run: Executes it.
         table: The table of true accuracies, which is read when the run has finished.
         results: Table of the results.
-        ranks: Table of the ranks over time: a line for each change.
+        ranks: Table of the ranks over time: lines for the first step, each change and the last step.
     """
     if row in finished(results):
         return
@@ -120,8 +121,27 @@ def execute(row: Row, run: Callable[[], Found], table: Path, results: Path, rank
         for step, (point, score) in enumerate(zip(found.points, scores, strict=True), 1)
         if step in (1, len(scores)) or score.rank != scores[step - 2].rank
     ]
-    append(ranks, changes)
+    if row not in finished(ranks):  # a process may have been killed between the two tables
+        append(ranks, changes)
     append(results, [named | result])
+
+
+def parser(description: str, **paths: str) -> argparse.ArgumentParser:
+    """Return the arguments of a study: its paths, each with its help, and --summary."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, text in paths.items():
+        made.add_argument(f"--{name}", type=Path, help=text)
+    made.add_argument("--summary", action="store_true", help="print what is known, and run nothing")
+    return made
+
+
+def check_paths(made: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
+    """Exit with a usage error if a path is missing; make the last one, the folder of the runs."""
+    if missing := [name for name in names if getattr(options, name) is None]:
+        made.error(f"--{missing[0]} is required")
+    getattr(options, names[-1]).mkdir(parents=True, exist_ok=True)
 
 
 def cpu_seconds() -> float:
@@ -144,11 +164,14 @@ def finished(results: Path) -> set[Row]:
     """Return the runs that have a row in the results."""
     if not results.exists():
         return set()
-    return {Row(each["method"], int(each["seed"])) for each in csv.DictReader(results.open())}
+    with results.open(newline="") as stream:
+        return {Row(each["method"], int(each["seed"])) for each in csv.DictReader(stream)}
 
 
 def summary(results: Path) -> str:
     """Return each method's ranks, their mean with its 95 % interval (of two runs or more), and its mean seconds."""
+    if not results.exists():
+        return f"no run has finished: {results} does not exist"
     rows = []
     for method, own in pd.read_csv(results).groupby("method"):
         row = {"method": method, "ranks": " ".join(map(str, own["rank"])), "mean": own["rank"].mean()}

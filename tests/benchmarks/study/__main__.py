@@ -9,11 +9,11 @@ several processes at a time. `--summary` prints the means and runs nothing.
 
 The methods are those of the configurations beside this file. The policies share the short trainings of `measured` (its
 first fidelity, 3 epochs on 10,000 pictures), as many as fit into a core-hour, and keep the best measured architecture.
+Their seconds are CPU seconds, those of the methods the wall-clock time of their epochs.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 from functools import partial
 from itertools import accumulate
@@ -24,8 +24,13 @@ from istanas.space import NasBench201Space
 from pipeline.config.yaml_files import read_file
 from tests.benchmarks.effects_policies import POLICIES
 from tests.benchmarks.judges import measure
-from tests.benchmarks.scored_runs import Found, Point, Row, execute, search, summary
+from tests.benchmarks.scored_runs import Found, Point, Row, check_paths, execute, parser, search, summary
 
+PATHS = {
+    "table": "table of true accuracies",
+    "root": "CIFAR-10 as a picture folder",
+    "work": "folder of the run directories",
+}
 HERE = Path(__file__).resolve().parent
 COMMON = HERE / "nas_bench_201_measured.yaml"
 RESULTS = HERE.parent / "results" / "study_nas_bench_201.csv"
@@ -82,25 +87,17 @@ def search_by_policy(row: Row, root: Path, work: Path) -> Found:
 
 def main() -> None:
     """Execute the runs that have no row."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--table", type=Path, help="table of true accuracies")
-    parser.add_argument("--root", type=Path, help="CIFAR-10 as a picture folder")
-    parser.add_argument("--work", type=Path, help="folder of the run directories")
-    parser.add_argument("--row", nargs="+", metavar="METHOD:SEED", help="only these runs, in this order")
-    parser.add_argument("--summary", action="store_true", help="print the means")
-    options = parser.parse_args()
+    made = parser(str(__doc__), **PATHS)
+    made.add_argument("--row", nargs="+", metavar="METHOD:SEED", help="only these runs, in this order")
+    options = made.parse_args()
     if options.summary:
         print(summary(RESULTS))
         return
-    if None in (options.table, options.root, options.work):
-        parser.error("--table, --root and --work are required")
+    check_paths(made, options, *PATHS)
     named = {f"{row.method}:{row.seed}": row for row in PLAN}
     if unknown := [name for name in options.row or () if name not in named]:
-        parser.error(f"no run {unknown[0]!r}; the plan has {', '.join(named)}")
+        made.error(f"no run {unknown[0]!r}; the plan has {', '.join(named)}")
     work, root = options.work.resolve(), options.root.resolve()
-    work.mkdir(parents=True, exist_ok=True)
     for row in [named[name] for name in options.row or named]:
         execute(row, partial(run, row, root, work), options.table, RESULTS, RANKS)
 

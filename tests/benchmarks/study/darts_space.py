@@ -5,7 +5,7 @@
 DIR is CIFAR-10 as a picture folder; WORK receives copies of its first 1,000 training pictures of each class, all test
 pictures, and the run directories. The parts are, in this order:
 
-- `chance`: each of 12 random cells is retrained with two seeds, to measure how much of the variance is the cell;
+- `chance`: each of 12 random cells is retrained with two seeds, to measure the share of the variance between cells;
 - `searches`: `measured`, `two_stage` and `darts` with three seeds each;
 - `retrainings`: what the searches found, each with two seeds.
 
@@ -15,7 +15,6 @@ are committed, and what has a line is not repeated. `--summary` prints what is k
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,8 +26,9 @@ import pandas as pd
 from istanas.statistics import compare, describe_comparison, kendall
 from pipeline.config.yaml_files import read_file
 from tests.benchmarks.methods_cifar10 import copy_pictures
-from tests.benchmarks.scored_runs import Row, append, cpu_seconds, finished, run_command
+from tests.benchmarks.scored_runs import Row, append, check_paths, cpu_seconds, finished, parser, run_command
 
+PATHS = {"root": "CIFAR-10 as a picture folder", "work": "folder of the pictures and run directories"}
 HERE = Path(__file__).resolve().parent
 COMMON = HERE / "darts_measured.yaml"
 SEARCHES = HERE.parent / "results" / "study_darts_searches.csv"
@@ -119,6 +119,9 @@ def share_of_the_cell(accuracies: pd.DataFrame) -> float:
 
 def summary() -> None:
     """Print the variance of the random cells, and each method against them."""
+    if not RETRAININGS.exists():
+        print(f"no retraining has finished: {RETRAININGS} does not exist")
+        return
     table = pd.read_csv(RETRAININGS).pivot_table(index="method", columns="seed", values="test_top1")
     group = table.index.str.rpartition("-").get_level_values(0)
     random = table[group == "random"].dropna()
@@ -136,19 +139,13 @@ def summary() -> None:
 
 def main() -> None:
     """Run the parts."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--root", type=Path, help="CIFAR-10 as a picture folder")
-    parser.add_argument("--work", type=Path, help="folder of the pictures and run directories")
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
-    parser.add_argument("--summary", action="store_true", help="print what is known")
-    options = parser.parse_args()
+    made = parser(str(__doc__), **PATHS)
+    made.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
+    options = made.parse_args()
     if options.summary:
         summary()
         return
-    if None in (options.root, options.work):
-        parser.error("--root and --work are required")
+    check_paths(made, options, *PATHS)
     work = options.work.resolve()
     copy_pictures(options.root.resolve(), work / "pictures", PICTURES_PER_CLASS)
     for part in options.part:
