@@ -707,12 +707,13 @@ def _missing_split(folder: Path, root: Path, given: GivenFolder) -> LayoutError:
     if not has_split and nested is None and len(names) < 2:
         return _too_few_classes(root, root, given)
     is_test = folder.name in TEST_SPLITS
+    such_as = f", such as {shown(root / 'train')}" if is_test else ""
     return LayoutError(
         f"{shown(folder)} is missing",
         field=given.field,
         remedy=nested
         or f"put the pictures into {'' if is_test else 'train/CLASS/* and '}test/CLASS/*, or {given.divides} CLASS/*"
-        f"{', the content of train/' if is_test else ''}",
+        f"{such_as}",
     )
 
 

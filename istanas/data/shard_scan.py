@@ -64,7 +64,7 @@ def index_shards(root: Path, progress: Progress | None = None, processes: int | 
     if not root.is_dir():
         raise LayoutError(not_a_folder(root), field=_FIELD, remedy="name a folder of shards")
     if all((root / split).is_dir() for split in TEST_SPLITS):
-        raise DataError(
+        raise LayoutError(
             f"{shown(root)} has {' and '.join(f'{split}/' for split in TEST_SPLITS)}, of which one is read",
             field=_FIELD,
             remedy="move the other one out of the folder",

@@ -73,10 +73,10 @@ class Command(click.Command):
 
 
 def _is_configuration(argument: str) -> bool:
-    """Return whether an argument is an existing file or the name of a configuration of the package."""
+    """Return whether an argument names a YAML file, or a configuration of the package."""
     from pipeline.config.load import shipped_files
 
-    return Path(argument).is_file() or argument in shipped_files()
+    return Path(argument).suffix in (".yaml", ".yml") or argument in shipped_files()
 
 
 def complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:

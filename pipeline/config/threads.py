@@ -8,6 +8,7 @@ the variable OMP_NUM_THREADS does not limit them.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from pipeline.config.workers import Node, workers_that_fit
@@ -28,8 +29,8 @@ def threads_per_worker(nodes: Sequence[Node], workers: int, gpu: bool) -> int:
 def threads_in_process(threads: int | None) -> int:
     """Return the number of threads of a job in this process.
 
-    It is the setting; if that is `None`, the value of OMP_NUM_THREADS, but at most one thread per usable core; and
-    without that variable, one thread per usable core.
+    It is the setting; if that is `None`, the value of OMP_NUM_THREADS (the first one of a list for nested regions, as
+    in "4,2"), but at most one thread per usable core; and without a positive value, one thread per usable core.
 
     Args:
         threads: `runtime.threads`.
@@ -40,8 +41,8 @@ def threads_in_process(threads: int | None) -> int:
     """
     if threads is not None:
         return threads
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return min(int(limit), usable_cores()) if limit.isdecimal() and int(limit) > 0 else usable_cores()
+    limit = re.match(r"\s*\+?(\d+)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""), re.ASCII)
+    return min(int(limit[1]) or usable_cores(), usable_cores()) if limit else usable_cores()
 
 
 def usable_cores() -> int:

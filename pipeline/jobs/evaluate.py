@@ -18,7 +18,6 @@ from istanas.data.request import GivenFolder
 from istanas.errors import ConfigError
 from pipeline.base.files import atomic_write
 from pipeline.config.schema import Config
-from pipeline.config.yaml_files import read_file
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
 from pipeline.jobs.evaluation import Evaluation, evaluate, evaluate_dataset, write_evaluation
@@ -29,7 +28,7 @@ from pipeline.report.evaluation_section import evaluation_page
 from pipeline.report.run_page import write_report
 from pipeline.runs import bucket
 from pipeline.runs.directory import RunDir
-from pipeline.runs.layout import CONFIG_FILE, EVALUATION_PAGE, REPORT_PAGE
+from pipeline.runs.layout import EVALUATION_PAGE, REPORT_PAGE
 from pipeline.runs.predictor import Predictor, open_predictor
 from pipeline.training.compute import compute_for
 from pipeline.training.pictures import check_same_pictures, data_digest, datasets_used
@@ -139,17 +138,13 @@ def are_training_pictures(run: Path, data: Path) -> bool:
         run: The run directory. Networks in other places do not name their pictures.
         data: The folder.
     """
-    if not (run / CONFIG_FILE).is_file():
-        return False
-    # Read without validation, which would require the plugins of the run.
-    root = (read_file(run / CONFIG_FILE).get("data") or {}).get("root")
-    if not isinstance(root, str):
+    if not RunDir(run).exists():
         return False
     splits = [data / split for split in TEST_SPLITS]
     if any(split.is_dir() for split in splits):  # these are evaluated, and not used for training
         return False
-    trained = Path(root).expanduser().resolve()
-    return data.resolve() in (trained, trained / "train")
+    trained = [Path(use.source).resolve() for use in RunDir(run).read().datasets]
+    return any(data.resolve() in (folder, folder / "train") for folder in trained)
 
 
 def check_folder(out: Path) -> None:

@@ -54,10 +54,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Found:
-    """What a run has found over time, and the accuracy that it measured itself."""
+    """What a run has found over time, and the accuracy that it measured itself.
+
+    Args:
+        points: The best architecture after each epoch or measurement.
+        valid_top1: The accuracy; `None` if it measures none.
+        was_interrupted: Whether an earlier process did a part, so that the CPU time is not known.
+    """
 
     points: Sequence[Point]
     valid_top1: float | None = None
+    was_interrupted: bool = False
 
 
 def run_command(
@@ -79,6 +86,7 @@ def run_command(
 
 def search(row: Row, config: Mapping[str, Any], work: Path, *options: str) -> Found:
     """Run `istanas search`, and return its architectures after each epoch."""
+    was_interrupted = (work / f"{row.name}.log").exists()
     result = run_command("search", row, config, work, *options)
     folder, seconds = RunDir(Path(result["run_dir"])).path / CHECKPOINTS, 0.0
     points = []
@@ -86,7 +94,7 @@ def search(row: Row, config: Mapping[str, Any], work: Path, *options: str) -> Fo
         seconds += record.seconds
         points.append(Point(Genotype.from_json(record.found().genotype), seconds))
     assert points[-1].genotype == Genotype.from_dict(result["genotype"])
-    return Found(points, result.get("valid_top1"))
+    return Found(points, result.get("valid_top1"), was_interrupted)
 
 
 def execute(row: Row, run: Callable[[], Found], table: Path, results: Path, ranks: Path) -> None:
@@ -114,7 +122,7 @@ def execute(row: Row, run: Callable[[], Found], table: Path, results: Path, rank
         "true_accuracy": scores[-1].accuracy,
         "valid_top1": found.valid_top1,
         "seconds": round(found.points[-1].seconds),
-        "cpu_seconds": round(used),
+        "cpu_seconds": None if found.was_interrupted else round(used),
     }
     changes = [
         named | {"step": step, "seconds": round(point.seconds), "rank": score.rank}

@@ -18,6 +18,7 @@ import csv
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 from istanas.effects import Architecture, supports_of
 from istanas.space import NasBench201Space
@@ -60,12 +61,18 @@ def run(row: Row, root: Path, work: Path) -> Found:
 def search_by_policy(row: Row, root: Path, work: Path) -> Found:
     """Return the best architecture after each short training; those that `work` has are not repeated."""
     space, file = NasBench201Space(), work / f"{row.name}.csv"
-    done = list(csv.DictReader(file.open())) if file.exists() else []
-    replayed = iter(list(done))
-    with file.open("a", newline="") as stream:
+    done: list[dict[str, Any]] = []
+    if file.exists():
+        with file.open(newline="") as stream:
+            done = [
+                each for each in csv.DictReader(stream) if each["seconds"]
+            ]  # without a line that a kill has cut
+    replayed, was_interrupted = iter(list(done)), bool(done)
+    with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, ("kept", "loss", "seconds"), lineterminator="\n")
-        if not done:
-            writer.writeheader()
+        writer.writeheader()
+        writer.writerows(done)
+        stream.flush()
 
         def measured(kept: Architecture) -> float:
             shown = " ".join(map(str, kept))
@@ -82,7 +89,8 @@ def search_by_policy(row: Row, root: Path, work: Path) -> Found:
         best = POLICIES[POLICY_ROWS[row.method]](space, measured, at, row.seed)
     seconds = accumulate(float(each["seconds"]) for each in done)
     genotypes = (space.genotype(supports_of(space, kept)) for kept in best)
-    return Found([Point(*pair) for pair in zip(genotypes, seconds, strict=True)])
+    points = [Point(*pair) for pair in zip(genotypes, seconds, strict=True)]
+    return Found(points, was_interrupted=was_interrupted)
 
 
 def main() -> None:

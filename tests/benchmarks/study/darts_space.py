@@ -132,8 +132,8 @@ def summary() -> None:
     means: Mapping[str, list[float]] = {
         name: (100 * own.mean(axis=1)).tolist() for name, own in table.groupby(group) if len(own) > 1
     }
-    if len(means) > 1:
-        for each in compare(means, paired=False):
+    if pairs := [(name, "random") for name in means if name != "random" and "random" in means]:
+        for each in compare(means, pairs, paired=False):
             print(describe_comparison(each, unit="points of test accuracy"))
 
 

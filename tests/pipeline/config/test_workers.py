@@ -122,7 +122,16 @@ def test_cores_that_were_not_granted_do_not_count(monkeypatch: pytest.MonkeyPatc
         os.sched_setaffinity(0, granted)
 
 
-@pytest.mark.parametrize(("value", "threads"), [("1", 1), ("100000", usable_cores()), ("0", usable_cores())])
+@pytest.mark.parametrize(
+    ("value", "threads"),
+    [
+        ("1", 1),
+        (" +1 ", 1),
+        ("1,4", 1),
+        ("100000", usable_cores()),
+        *((value, usable_cores()) for value in ("", "0", "-1", "1.5", "many")),
+    ],
+)
 def test_omp_num_threads_limits_a_job_in_one_process(
     monkeypatch: pytest.MonkeyPatch, value: str, threads: int
 ) -> None:

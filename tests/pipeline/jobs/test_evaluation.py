@@ -1,6 +1,7 @@
 """The figures of an evaluation against scikit-learn and numbers worked out by hand."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from istanas.errors import ConfigError
 from pipeline.jobs.evaluate import are_training_pictures, labelled_files
 from pipeline.jobs.evaluation import WORST, Evaluation, evaluate
 from pipeline.report.mistakes import draw_mistakes
+from pipeline.runs.record import DatasetUse
+from tests.pipeline.jobs.test_export import make_run
 
 NAMES = tuple("abcdefghijkl")  # more than ten classes have a top-5 accuracy
 
@@ -78,14 +81,15 @@ def test_the_grid_has_a_cell_for_each_picture() -> None:
 
 def test_pictures_of_the_training_are_recognised(tmp_path: Path) -> None:
     """Their accuracy is too high. Where a folder has a test split, that is evaluated."""
-    run, photos = tmp_path / "run", tmp_path / "photos"
-    run.mkdir()
-    (run / "config.yaml").write_text(f"data: {{name: folder, root: {photos}}}\n")
+    photos = tmp_path / "photos"
+    run = make_run(tmp_path / "run", kind="retrain", method="two_stage")
+    use = DatasetUse("photos", "training", "0" * 16, str(photos), 8, 2, (3, 8, 8), ())
+    run.write(replace(run.read(), datasets=(use,)))
     (photos / "train").mkdir(parents=True)
-    assert are_training_pictures(run, photos)
-    assert are_training_pictures(run, photos / "train")
-    assert not are_training_pictures(run, tmp_path / "others")
+    assert are_training_pictures(run.path, photos)
+    assert are_training_pictures(run.path, photos / "train")
+    assert not are_training_pictures(run.path, tmp_path / "others")
     assert not are_training_pictures(tmp_path / "export", photos)
     (photos / "test").mkdir()
-    assert not are_training_pictures(run, photos)
-    assert are_training_pictures(run, photos / "train")
+    assert not are_training_pictures(run.path, photos)
+    assert are_training_pictures(run.path, photos / "train")

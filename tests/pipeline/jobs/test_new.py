@@ -187,7 +187,7 @@ def test_a_budget_decides_the_epochs(istanas: Command, tmp_path: Path) -> None:
         (
             ["untested"],
             2,
-            r"put the pictures into test/CLASS/\*, or name a folder of CLASS/\*, the content of train/$",
+            r"put the pictures into test/CLASS/\*, or name a folder of CLASS/\*, such as .*untested/train$",
         ),
         (["outer"], 2, "DIR: .*outer has only one folder, inner, .*; name .*/outer/inner$"),
         (["broken"], 1, "DIR: .*0.png is not a readable picture "),
