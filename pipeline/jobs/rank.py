@@ -350,7 +350,7 @@ def _retraining(name: str, context: JobContext, genotype: Genotype, key: str) ->
 def _read_rows(file: Path) -> list[Judgement]:
     """Return the measurements of an earlier process; none if the file is missing or damaged."""
     try:
-        frame = pd.read_csv(file, dtype={"digest": str}, float_precision="round_trip")
+        frame = pd.read_csv(file, dtype={"digest": str})
         frame["score"], frame["seconds"] = frame["score"].astype(float), frame["seconds"].astype(float)
         return cast(list[Judgement], frame[list(Judgement.__annotations__)].to_dict("records"))
     except (OSError, ValueError, KeyError):  # measured again

@@ -116,11 +116,7 @@ def _frame(file: Path, texts: Sequence[str], missing: dict[str, list[str]] | Non
     """Read a table with columns of text, and with texts that mean a missing number."""
     content = io.BytesIO(read_at_most(file, TABLE_BYTES))
     return pd.read_csv(
-        content,
-        dtype=dict.fromkeys(texts, str),
-        keep_default_na=False,
-        na_values=missing or {},
-        float_precision="round_trip",
+        content, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=missing or {}
     )
 
 

@@ -253,7 +253,7 @@ def _frame(file: Path) -> pd.DataFrame:
     text = io.BytesIO(read_at_most(file, TABLE_BYTES))
     # A plugin's operation may be called "nan", "None" or "3".
     names = dict.fromkeys(("cell", "picks", "op"), str)
-    return pd.read_csv(text, dtype=names, keep_default_na=False, na_values=[""], float_precision="round_trip")
+    return pd.read_csv(text, dtype=names, keep_default_na=False, na_values=[""])
 
 
 def _maps(run: RunDir, genotype: Genotype, table: Table, epochs: Epochs) -> list[dict[str, Any]]:

@@ -65,11 +65,7 @@ def read_table(folder: Path) -> pd.DataFrame:
         )
     try:
         text = io.BytesIO(read_at_most(file, TABLE_BYTES))
-        return typed(
-            pd.read_csv(
-                text, dtype=COLUMNS, keep_default_na=False, na_values=[""], float_precision="round_trip"
-            )
-        )
+        return typed(pd.read_csv(text, dtype=COLUMNS, keep_default_na=False, na_values=[""]))
     except (ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

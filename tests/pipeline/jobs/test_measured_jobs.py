@@ -55,7 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, blank_database: Path) 
 
 @pytest.fixture
 def measurements(undisturbed: dict[str, Any]) -> pd.DataFrame:
-    return pd.read_csv(undisturbed["path"] / "measurements.csv", float_precision="round_trip")
+    return pd.read_csv(undisturbed["path"] / "measurements.csv")
 
 
 def test_every_measurement_has_a_row(undisturbed: dict[str, Any], measurements: pd.DataFrame) -> None:
