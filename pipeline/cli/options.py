@@ -22,7 +22,14 @@ STARTS_OVER = "nothing was stored; the same command starts over"
 
 @contextmanager
 def hint_after_interrupt(hint: str) -> Iterator[None]:
-    """Let the message after an interrupt of the body end with a hint, unless the interrupt has one already."""
+    """Let the message after an interrupt of the body end with a hint, unless the interrupt has one already.
+
+    Args:
+        hint: `RESUMES` or `STARTS_OVER`.
+
+    Raises:
+        KeyboardInterrupt: With the hint, instead of one without a text.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
@@ -32,11 +39,11 @@ def hint_after_interrupt(hint: str) -> Iterator[None]:
 
 
 class Command(click.Command):
-    """A command of istanas, whose errors about extra arguments name the option that was probably meant.
+    """A command of istanas: what its message after an interrupt says, and its error about an unexpected argument.
 
     Args:
         arguments: As for `click.Command`.
-        resumes: Whether the same command resumes after an interrupt. The others store nothing before their end.
+        resumes: Whether the same command resumes after an interrupt. Otherwise it starts over.
         settings: As for `click.Command`.
     """
 
