@@ -102,7 +102,7 @@ def test_it_shows_progress_figures_and_where_things_are(quickstart: dict[str, An
         ("test top-1", f"{100 * result['test_top1']:.2f} %"),
         ("parameters", f"{result['params']:,}"),
         ("multiply-adds", f"{result['macs']:,}"),
-        ("seconds", f"{result['seconds']:.1f}"),
+        ("seconds of both jobs", f"{result['seconds']:.1f}"),
     ):
         assert re.search(rf"{label}\W+{re.escape(value)}", shown), label
     for label in ("genotype", "cell pictures", "network"):
