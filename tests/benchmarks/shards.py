@@ -107,58 +107,25 @@ def reading(folder: Path, shards: Path, scaled: Path, cache: Path) -> list[Row]:
         """Open the shards again in every round, as each job does once."""
         return lambda: work(load_dataset("webdataset", root=root, image_size=224, cache_dir=cache))
 
+    def against_files(
+        work: str,
+        ours: Callable[[], None],
+        bound: float | None,
+        read: Callable[[ImageDataset], None] = epoch_of,
+    ) -> Row:
+        return compare(work, ours, lambda: read(files), bound, rounds=ROUNDS, per=n)
+
+    whole, small = "shards against folder, 224x224", "shards scaled to 256 pixels against folder, 224x224"
     rows = [
-        compare(
-            "shards against folder, 224x224, local disk",
-            lambda: epoch_of(packed),
-            lambda: epoch_of(files),
-            1.0,
-            rounds=ROUNDS,
-            per=n,
-        ),
-        compare(
-            "shards scaled to 256 pixels against folder, 224x224, local disk",
-            fresh(epoch_of, scaled),
-            lambda: epoch_of(files),
-            None,
-            rounds=ROUNDS,
-            per=n,
-        ),
-        compare(
-            "reading only, local disk",
-            lambda: read_all(packed),
-            lambda: read_all(files),
-            None,
-            rounds=ROUNDS,
-            per=n,
-        ),
+        against_files(f"{whole}, local disk", lambda: epoch_of(packed), 1.0),
+        against_files(f"{small}, local disk", fresh(epoch_of, scaled), None),
+        against_files("reading only, local disk", lambda: read_all(packed), None, read_all),
     ]
     with slow_opens():
         rows += [
-            compare(
-                "shards against folder, 224x224, 10 ms per open",
-                fresh(epoch_of),
-                lambda: epoch_of(files),
-                5.0,
-                rounds=ROUNDS,
-                per=n,
-            ),
-            compare(
-                "shards scaled to 256 pixels against folder, 224x224, 10 ms per open",
-                fresh(epoch_of, scaled),
-                lambda: epoch_of(files),
-                None,
-                rounds=ROUNDS,
-                per=n,
-            ),
-            compare(
-                "reading only, 10 ms per open",
-                fresh(read_all),
-                lambda: read_all(files),
-                5.0,
-                rounds=ROUNDS,
-                per=n,
-            ),
+            against_files(f"{whole}, 10 ms per open", fresh(epoch_of), 5.0),
+            against_files(f"{small}, 10 ms per open", fresh(epoch_of, scaled), None),
+            against_files("reading only, 10 ms per open", fresh(read_all), 5.0, read_all),
         ]
     return rows
 
