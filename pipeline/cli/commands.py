@@ -64,9 +64,8 @@ def run(arguments: list[str] | None = None, *, leaving: bool = False) -> int:
     except (click.Abort, KeyboardInterrupt) as error:  # outside the `with`, which ignores further signals
         what, code = ENDS[signal.Signals(signals[0]) if signals else signal.SIGINT]
         cause = error.__cause__ if isinstance(error, click.Abort) else error
-        hint = (
-            str(cause) if isinstance(cause, KeyboardInterrupt) else ""
-        )  # see `options.hint_after_interrupt`
+        # Of the command, see `options.hint_after_interrupt`.
+        hint = str(cause) if isinstance(cause, KeyboardInterrupt) else ""
         click.echo(f"{what}: {hint or RESUMES}", err=True)
         return code
 
