@@ -21,6 +21,8 @@ from torch import Tensor
 
 from istanas.errors import ConfigError
 
+CACHED_VALUES = 2**17
+"""Number of values that `normalize` converts at a time on a CPU: 512 KiB as float32."""
 MAX_MAGNITUDE = 30
 """Largest magnitude of torchvision's RandAugment."""
 
@@ -177,8 +179,17 @@ def normalize(
         send(torch.tensor(values, dtype=precise).view(shape), images.device)
         for values in ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
     )
-    floats = images.contiguous(memory_format=torch.channels_last).to(precise)
-    return floats.mul_(scale).sub_(shift).to(dtype)
+    out = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
+    for source, target in zip(_chunks(images), _chunks(out), strict=True):
+        target.copy_(source.to(precise).mul_(scale).sub_(shift))
+    return out
+
+
+def _chunks(images: Tensor) -> Sequence[Tensor]:
+    """Split a batch on a CPU into parts that fit into its cache; on other devices, a batch is one part."""
+    if images.device.type != "cpu":
+        return (images,)
+    return images.split(max(1, CACHED_VALUES // max(1, images[:1].numel())))
 
 
 def augment(
@@ -370,4 +381,6 @@ def crop_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
         steps.append(_rand_augment(augmentation.rand_augment))
     if augmentation.color_jitter:
         steps.append(FastColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2))
-    return cast(Callable[[object], Tensor], v2.Compose([*steps, v2.PILToTensor()]))
+    else:
+        steps.append(v2.PILToTensor())
+    return cast(Callable[[object], Tensor], v2.Compose(steps))

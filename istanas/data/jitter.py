@@ -1,8 +1,11 @@
 """The colour jitter of torchvision, faster, with the same bits.
 
-On a CPU, the hue takes half of the time in which a picture is decoded and augmented: Pillow converts each pixel to HSV
-and back by divisions. A channel has only 256 values, so that tables hold the results of all divisions. Brightness and
-contrast are tables of 256 entries, which Pillow itself computes.
+torchvision changes a picture of Pillow up to four times, and each change converts it to another form and back. Here, a
+picture is an array of three planes, (3, H * W) bytes, from the first change to the last one. On a CPU, the hue takes
+most of torchvision's time, since Pillow converts each pixel to HSV and back by divisions. A channel has only 256
+values, so that tables hold the results of all divisions.
+
+All operations have the order and the precision of Pillow's `Blend.c` and `Convert.c`.
 """
 
 from __future__ import annotations
@@ -11,10 +14,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageStat
+from PIL import Image
+from torch import Tensor
 
 Bytes = NDArray[np.uint8]
+FACTOR_BITS = 24  # of the fixed-point numbers in `_Tables.middle`
+_RED, _GREEN, _BLUE = 19595, 38470, 7471  # Pillow's weights of a grey value, in units of 1 / 65536
 
 
 class _Tables(NamedTuple):
@@ -22,17 +29,14 @@ class _Tables(NamedTuple):
 
     Args:
         hue: Hue at [order, V - M, C]; the order, 0 to 5, tells which channels have the largest and smallest value.
-        saturation: Saturation at [V, C].
-        smallest: Smallest channel after the conversion back to RGB, at [V, C].
-        factor: Middle channel after the conversion back, divided by V, at [hue, saturation].
-        sector: Which sixth of the colour circle a hue is in, 0 to 5.
+        saturated: At [V, C], the saturation, and 256 times the smallest channel after the conversion back to RGB.
+        middle: At [hue, saturation], the middle channel after the conversion back, divided by V, with FACTOR_BITS bits
+            after the point; above them and the one before the point, the sixth of the colour circle, 0 to 5.
     """
 
     hue: Bytes
-    saturation: Bytes
-    smallest: Bytes
-    factor: NDArray[np.float64]
-    sector: Bytes
+    saturated: NDArray[np.uint16]
+    middle: NDArray[np.uint32]
 
 
 # For the channels red, green and blue: the sectors of the colour circle in which the channel has the largest value,
@@ -41,15 +45,17 @@ _SECTORS = (((0, 5), (1, 4), (2, 3)), ((1, 2), (0, 3), (4, 5)), ((3, 4), (2, 5),
 
 
 class FastColorJitter:
-    """torchvision's `ColorJitter` for RGB pictures of Pillow. It draws the same numbers and returns the same pictures.
+    """torchvision's `ColorJitter`, followed by `PILToTensor`, for RGB pictures of Pillow.
+
+    It draws the same numbers and returns the same bytes, (3, H, W).
 
     Args:
         brightness, contrast, saturation, hue: See torchvision's class.
 
     Example:
         >>> jitter = FastColorJitter(brightness=0, contrast=0, saturation=0, hue=0.5)
-        >>> jitter(Image.new("RGB", (1, 1))).getpixel((0, 0))
-        (0, 0, 0)
+        >>> jitter(Image.new("RGB", (1, 1))).tolist()
+        [[[0]], [[0]], [[0]]]
     """
 
     def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
@@ -58,38 +64,113 @@ class FastColorJitter:
         self._original = v2.ColorJitter(brightness, contrast, saturation, hue)
         _tables()  # before data workers are forked, so that they share them
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, picture: Image.Image) -> Tensor:
         """Draw the order and the factors of the changes, and apply them."""
-        from torchvision.transforms.v2.functional import adjust_saturation
-
         drawn = self._original.make_params([])
         changes = (
-            (_adjust_brightness, drawn["brightness_factor"]),
-            (_adjust_contrast, drawn["contrast_factor"]),
+            (adjust_brightness, drawn["brightness_factor"]),
+            (adjust_contrast, drawn["contrast_factor"]),
             (adjust_saturation, drawn["saturation_factor"]),
-            (shift_hue, drawn["hue_factor"]),
+            (adjust_hue, drawn["hue_factor"]),
         )
+        planes = to_planes(picture)
         for number in drawn["fn_idx"].tolist():
             change, factor = changes[number]
             if factor is not None:
-                picture = change(picture, factor)
-        return picture
+                planes = change(planes, factor)
+        return torch.from_numpy(planes.reshape(3, picture.height, picture.width))
 
 
-def _adjust_brightness(picture: Image.Image, factor: float) -> Image.Image:
-    return _blended(picture, 0, factor)
+def to_planes(picture: Image.Image) -> Bytes:
+    """Return the channels of an RGB picture as (3, H * W) bytes."""
+    return np.stack([np.frombuffer(channel.tobytes(), np.uint8) for channel in picture.split()])
 
 
-def _adjust_contrast(picture: Image.Image, factor: float) -> Image.Image:
-    mean = int(ImageStat.Stat(picture.convert("L")).mean[0] + 0.5)
-    return _blended(picture, mean, factor)
+def adjust_brightness(planes: Bytes, factor: float) -> Bytes:
+    """Return factor * planes, as torchvision's function of this name.
+
+    Example:
+        >>> adjust_brightness(np.array([[2], [4], [200]], np.uint8), 1.5).ravel().tolist()
+        [3, 6, 255]
+    """
+    return _blended(planes, 0, factor)
 
 
-def _blended(picture: Image.Image, value: int, factor: float) -> Image.Image:
-    """Return value + factor * (picture - value), with the rounding of Pillow's `blend`."""
+def adjust_contrast(planes: Bytes, factor: float) -> Bytes:
+    """Return mean + factor * (planes - mean), with the mean grey value, as torchvision's function of this name.
+
+    Example:
+        >>> adjust_contrast(np.array([[10, 30]] * 3, np.uint8), 0.5)[0].tolist()
+        [15, 25]
+    """
+    grey = _grey(planes.astype(np.float32))
+    return _blended(planes, int(grey.sum(dtype=np.float64) / grey.size + 0.5), factor)
+
+
+def adjust_saturation(planes: Bytes, factor: float) -> Bytes:
+    """Return grey + factor * (planes - grey), with each pixel's grey value, as torchvision's function of this name.
+
+    Example:
+        >>> adjust_saturation(np.array([[10], [30], [20]], np.uint8), 0.0).ravel().tolist()
+        [23, 23, 23]
+    """
+    values = planes.astype(np.float32)
+    grey = _grey(values)
+    values -= grey
+    values *= np.float32(factor)
+    values += grey
+    return np.clip(values, 0, 255, out=values).astype(np.uint8)
+
+
+def adjust_hue(planes: Bytes, factor: float) -> Bytes:
+    """Rotate the hue by a share of the colour circle, as torchvision's function of this name.
+
+    Args:
+        planes: The picture.
+        factor: The share, in [-0.5, 0.5].
+
+    Example:
+        >>> adjust_hue(np.array([[255], [0], [0]], np.uint8), 0.5).ravel().tolist()
+        [0, 255, 252]
+    """
+    tables = _tables()
+    red, green, blue = planes
+    low, high = np.minimum(red, green), np.maximum(red, green)
+    largest, smallest = np.maximum(high, blue), np.minimum(low, blue)
+    middle = np.maximum(low, np.minimum(high, blue))
+    range_ = largest - smallest
+
+    order = _order(red, green, blue, largest, smallest).astype(np.uint32)
+    order <<= 16
+    order |= _pair(largest - middle, range_)
+    hue = tables.hue.take(order.astype(np.intp))
+    hue += np.int32(factor * 255).astype(np.uint8)  # it wraps around
+    saturated = tables.saturated.take(_pair(largest, range_).astype(np.intp))
+    saturation, smallest = saturated.astype(np.uint8), (saturated >> 8).astype(np.uint8)
+    product = tables.middle.take(_pair(hue, saturation).astype(np.intp))
+    sector = (product >> (FACTOR_BITS + 1)).astype(np.uint8)
+    product &= (1 << (FACTOR_BITS + 1)) - 1
+    product *= largest
+    product += 1 << (FACTOR_BITS - 1)  # rounds to the nearest number
+    product >>= FACTOR_BITS
+    middle = product.astype(np.uint8)
+
+    is_in = [-(sector == i).view(np.uint8) for i in range(6)]  # masks of 255 and 0
+    shifted = np.empty_like(planes)
+    for channel, ((a, b), (c, d), (e, f)) in zip(shifted, _SECTORS, strict=True):
+        channel[:] = (
+            largest & (is_in[a] | is_in[b])
+            | middle & (is_in[c] | is_in[d])
+            | smallest & (is_in[e] | is_in[f])
+        )
+    return shifted
+
+
+def _blended(planes: Bytes, value: int, factor: float) -> Bytes:
+    """Return value + factor * (planes - value), with the rounding of Pillow's `blend`."""
     table = Image.blend(Image.new("L", (256, 1), value), _ramp(), factor)
-    # Pillow's `point` would round each entry of the table in Python.
-    return Image.frombytes(picture.mode, picture.size, picture.tobytes().translate(table.tobytes()))
+    # numpy's `take` would need a larger index for each byte.
+    return np.frombuffer(bytearray(planes).translate(table.tobytes()), np.uint8).reshape(planes.shape)
 
 
 @cache
@@ -98,44 +179,11 @@ def _ramp() -> Image.Image:
     return Image.frombytes("L", (256, 1), bytes(range(256)))
 
 
-def shift_hue(picture: Image.Image, factor: float) -> Image.Image:
-    """Rotate the hue of a picture, with exactly the result of torchvision's `adjust_hue`.
-
-    Args:
-        picture: An RGB picture.
-        factor: Share of the colour circle, in [-0.5, 0.5].
-
-    Example:
-        >>> shift_hue(Image.new("RGB", (1, 1), "red"), 0.5).getpixel((0, 0))
-        (0, 255, 252)
-    """
-    tables = _tables()
-    red, green, blue = (np.asarray(channel).ravel() for channel in picture.split())
-    low, high = np.minimum(red, green), np.maximum(red, green)
-    largest, smallest = np.maximum(high, blue), np.minimum(low, blue)
-    middle = np.maximum(low, np.minimum(high, blue))
-    range_ = largest - smallest
-
-    hue = tables.hue.take(_index(_order(red, green, blue, largest, smallest), largest - middle, range_))
-    hue += np.int32(factor * 255).astype(np.uint8)  # it wraps around
-    place = _index(largest, range_)
-    saturation, smallest = tables.saturation.take(place), tables.smallest.take(place)
-    product = tables.factor.take(_index(hue, saturation))
-    product *= largest
-    product += 0.5  # rounds to the nearest number
-    middle = product.astype(np.uint8)
-
-    sector = tables.sector.take(hue)
-    is_in = [-(sector == i).view(np.uint8) for i in range(6)]  # masks of 255 and 0
-    channels = []
-    for (a, b), (c, d), (e, f) in _SECTORS:
-        channel = (
-            largest & (is_in[a] | is_in[b])
-            | middle & (is_in[c] | is_in[d])
-            | smallest & (is_in[e] | is_in[f])
-        )
-        channels.append(Image.frombuffer("L", picture.size, channel, "raw", "L", 0, 1))
-    return Image.merge("RGB", channels)
+def _grey(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the grey values of planes, (H * W,). All sums are whole numbers below 2^24, which float32 represents."""
+    red, green, blue = values
+    grey: NDArray[np.float32] = np.floor((red * _RED + green * _GREEN + blue * _BLUE + 0x8000) * (1 / 65536))
+    return grey
 
 
 def _order(red: Bytes, green: Bytes, blue: Bytes, largest: Bytes, smallest: Bytes) -> Bytes:
@@ -151,14 +199,12 @@ def _order(red: Bytes, green: Bytes, blue: Bytes, largest: Bytes, smallest: Byte
     return order
 
 
-def _index(*parts: Bytes) -> NDArray[np.intp]:
-    """Return the place in a flattened table whose dimensions after the first one have 256 entries."""
-    first, *others = parts
-    index = first.astype(np.intp)
-    for part in others:
-        index <<= 8
-        index |= part
-    return index
+def _pair(first: Bytes, second: Bytes) -> NDArray[np.uint16]:
+    """Return the place in a flattened table of 256 columns."""
+    pair = first.astype(np.uint16)
+    pair <<= 8
+    pair |= second
+    return pair
 
 
 @cache
@@ -180,16 +226,16 @@ def _tables() -> _Tables:
     saturations = (exact / 255).astype(np.float32)
     falling = 1 - (saturations * within).astype(np.float64)
     rising = 1 - saturations.astype(np.float64) * (1 - within.astype(np.float64))
-    sector = (np.floor(sixths) % 6).astype(np.uint8)
+    sector = (np.floor(sixths) % 6).astype(np.uint32)[:, None]
+    factor = np.where(sector % 2 == 0, rising, falling)
 
     bytes_of_saturation = _to_bytes(saturation)
     remaining = 1 - saturations[bytes_of_saturation].astype(np.float64)
+    smallest = (exact[:, None] * remaining + 0.5).astype(np.uint8)
     return _Tables(
         hue=_to_bytes(hue).ravel(),
-        saturation=bytes_of_saturation.ravel(),
-        smallest=(exact[:, None] * remaining + 0.5).astype(np.uint8).ravel(),
-        factor=np.where(sector[:, None] % 2 == 0, rising, falling).ravel(),
-        sector=sector,
+        saturated=_pair(smallest, bytes_of_saturation).ravel(),
+        middle=(np.rint(factor * (1 << FACTOR_BITS)).astype(np.uint32) | sector << (FACTOR_BITS + 1)).ravel(),
     )
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from istanas.data import Augmentation
-from istanas.data.jitter import shift_hue
+from istanas.data.jitter import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, to_planes
 from istanas.data.large import load_large_picture, reduction_for
 from istanas.data.reading import read_picture
 
@@ -49,13 +49,28 @@ def colours(step: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("step", "factors"),
-    [(61, (-0.5, -0.2, 0.0, 0.13, 0.5)), pytest.param(1, (-0.1,), marks=pytest.mark.slow)],
+    ("step", "hues", "others"),
+    [
+        (61, (-0.5, -0.2, 0.0, 0.13, 0.5), (0.0, 0.6, 1.0, 1.39)),
+        pytest.param(1, (-0.1,), (0.83, 1.17), marks=pytest.mark.slow),
+    ],
 )
-def test_the_hue_shift_is_that_of_torchvision_for_colours(step: int, factors: tuple[float, ...]) -> None:
+def test_the_colour_changes_are_those_of_torchvision(
+    step: int, hues: tuple[float, ...], others: tuple[float, ...]
+) -> None:
+    """A step of 1 has every colour; factors above 1 reach values that must be clipped."""
     picture = colours(step)
-    for factor in factors:
-        assert shift_hue(picture, factor).tobytes() == F.adjust_hue(picture, factor).tobytes()
+    planes = to_planes(picture)
+    pairs = [(adjust_hue, F.adjust_hue, hues)]
+    pairs += [
+        (adjust_brightness, F.adjust_brightness, others),
+        (adjust_contrast, F.adjust_contrast, others),
+        (adjust_saturation, F.adjust_saturation, others),
+    ]
+    for ours, torchvisions, factors in pairs:
+        for factor in factors:
+            wanted = to_planes(torchvisions(picture, factor))
+            assert np.array_equal(ours(planes, factor), wanted), (ours, factor)
 
 
 def test_training_pictures_are_those_of_torchvisions_transforms() -> None:
