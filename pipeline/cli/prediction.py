@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import click
+from rich.console import Console
 
 from pipeline.cli.options import (
     Command,
@@ -24,16 +26,40 @@ from pipeline.cli.output import (
 )
 from pipeline.jobs.settings import load_config, run_and_config
 
+STDOUT = Path("-")
+
+
+def _csv_option(what: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
+    """Return the option --csv."""
+    return click.option(
+        "--csv",
+        "csv_file",
+        type=click.Path(path_type=Path, allow_dash=True),
+        help=f"Write {what} to this file (CSV); - is stdout.",
+    )
+
+
+def _check_csv(csv_file: Path | None, as_json: bool) -> None:
+    """Check the options --csv and --json, before the work."""
+    if as_json and csv_file == STDOUT:
+        raise click.UsageError("--csv -: --json writes to stdout, too; give one of them")
+    if csv_file is not None and csv_file != STDOUT:
+        check_csv(csv_file)
+
+
+def _write_csv(csv_file: Path, text: str, rows: int, console: Console) -> None:
+    """Write a table to a file, with a line about it, or to stdout."""
+    if csv_file == STDOUT:
+        click.echo(text, nl=False)
+        return
+    write_csv(csv_file, text)
+    console.print(f"{rows} rows: {csv_file}", highlight=False, soft_wrap=True)
+
 
 @click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.argument("files", metavar="FILE|DIR...", nargs=-1, required=True, shell_complete=complete_file)
-@click.option(
-    "--csv",
-    "csv_file",
-    type=click.Path(path_type=Path, allow_dash=True),
-    help="Write the predictions to this file (CSV); - is stdout.",
-)
+@_csv_option("the predictions")
 @store_options
 @json_option
 def predict(
@@ -51,12 +77,9 @@ def predict(
     picture is preprocessed as in training. A folder stands for all pictures in it and in its sub-folders. A file that
     cannot be used is one line on stderr; the others are predicted, and the exit code is 1.
     """
-    if as_json and csv_file == Path("-"):
-        raise click.UsageError("--csv -: --json writes to stdout, too; give one of them")
-    if csv_file is not None and csv_file != Path("-"):
-        check_csv(csv_file)
+    _check_csv(csv_file, as_json)
     config, _ = load_config(file, overrides)
-    console = console_for(as_json or csv_file == Path("-"))
+    console = console_for(as_json or csv_file == STDOUT)
     from pipeline.jobs import predict as job
 
     name, predictor = job.find_predictor(reference, config)
@@ -67,11 +90,8 @@ def predict(
         complain=_complain,
     )
     predictions, broken = result["predictions"], result["broken"]
-    if csv_file == Path("-"):
-        click.echo(job.predictions_csv(predictions), nl=False)
-    elif csv_file is not None:
-        write_csv(csv_file, job.predictions_csv(predictions))
-        console.print(f"{len(predictions)} rows: {csv_file}", highlight=False, soft_wrap=True)
+    if csv_file is not None:
+        _write_csv(csv_file, job.predictions_csv(predictions), len(predictions), console)
     elif predictions:
         console.print(job.predictions_table(predictions), crop=False)
     if as_json:
@@ -99,12 +119,14 @@ def _complain(line: str) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the files about --data. Default: evaluation.",
 )
+@_csv_option("the true and the predicted class of each picture")
 @run_options
 @json_option
 def evaluate(
     reference: str,
     data: Path | None,
     out: Path | None,
+    csv_file: Path | None,
     file: str | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -119,12 +141,14 @@ def evaluate(
         raise click.UsageError(
             "--out: without --data, the files are written to the run directory; leave it out"
         )
-    console = console_for(as_json)
+    _check_csv(csv_file, as_json)
+    console, wants_all = console_for(as_json or csv_file == STDOUT), csv_file is not None
     from pipeline.jobs import evaluate as job
+    from pipeline.jobs.evaluation import predictions_csv
 
     if data is None:
         run, config = run_and_config(reference, file, overrides)
-        result = job.evaluate_run(run.path, config, console)
+        result = job.evaluate_run(run.path, config, console, predictions=wants_all)
     else:
         from pipeline.jobs.context import say_to
         from pipeline.jobs.predict import find_predictor
@@ -134,8 +158,13 @@ def evaluate(
         job.check_folder(out)
         name, predictor = find_predictor(reference, config)
         say = say_to(console)
-        result = job.evaluate_folder(name, predictor, data, out, complain=_complain, say=say)
+        result = job.evaluate_folder(
+            name, predictor, data, out, complain=_complain, say=say, predictions=wants_all
+        )
+    predictions = result.pop("predictions", [])
     show_evaluation(result, as_json, console)
+    if csv_file is not None:
+        _write_csv(csv_file, predictions_csv(predictions), len(predictions), console)
     if result["broken"]:
         console.print(f"{len(result['broken'])} files could not be used", highlight=False)
         raise click.exceptions.Exit(1)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from rich.console import Console
@@ -20,7 +20,14 @@ from pipeline.base.files import atomic_write
 from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
-from pipeline.jobs.evaluation import Evaluation, evaluate, evaluate_dataset, write_evaluation
+from pipeline.jobs.evaluation import (
+    Evaluated,
+    Evaluation,
+    LabelledPrediction,
+    evaluate,
+    evaluate_dataset,
+    write_evaluation,
+)
 from pipeline.jobs.export import check_network
 from pipeline.jobs.lifecycle import load_data
 from pipeline.jobs.predict import BrokenFile, read_pictures
@@ -35,21 +42,25 @@ from pipeline.training.pictures import check_same_pictures, data_digest, dataset
 
 
 class EvaluateResult(TypedDict):
-    """Result of `evaluate_run` and `evaluate_folder`."""
+    """Result of `evaluate_run` and `evaluate_folder`, with the predictions of all pictures if they are asked for."""
 
     network: str
     evaluation: Evaluation
     broken: list[BrokenFile]
     files: list[str]
+    predictions: NotRequired[list[LabelledPrediction]]
 
 
-def evaluate_run(run_dir: Path, config: Config, console: Console) -> EvaluateResult:
+def evaluate_run(
+    run_dir: Path, config: Config, console: Console, *, predictions: bool = False
+) -> EvaluateResult:
     """Evaluate the network of a run on its test split, and write the result to its directory, report and MLflow run.
 
     Args:
         run_dir: Run directory of a finished retraining or one-stage search.
         config: Its configuration.
         console: Where lines for the user are written.
+        predictions: Whether the result has the predictions of all pictures.
 
     Raises:
         ConfigError: The run has no trained network, or is in use by another process.
@@ -66,8 +77,8 @@ def evaluate_run(run_dir: Path, config: Config, console: Console) -> EvaluateRes
         check_same_pictures(record, dataset, data_digest(config, dataset, record.kind), used)
         predictor = open_predictor(run.path, compute_for(config.runtime).device)
         label = f"the test split of {record.data_label}"
-        figures, pictures = evaluate_dataset(predictor, dataset, label)
-        files = write_evaluation(run.path, figures, pictures)
+        found, pictures = evaluate_dataset(predictor, dataset, label)
+        files = write_evaluation(run.path, found.figures, pictures)
         write_report(run, record)
         artifacts = tuple(dict.fromkeys((*record.artifacts, *files, REPORT_PAGE)))
         run.write(dataclasses.replace(record, artifacts=artifacts))
@@ -75,7 +86,7 @@ def evaluate_run(run_dir: Path, config: Config, console: Console) -> EvaluateRes
             say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
         run.push()
     paths = [bucket.shown(run.path / name) for name in (*files, REPORT_PAGE)]
-    return EvaluateResult(network=bucket.shown(run.path), evaluation=figures, broken=[], files=paths)
+    return _result(bucket.shown(run.path), found, [], paths, predictions)
 
 
 def evaluate_folder(
@@ -86,6 +97,7 @@ def evaluate_folder(
     *,
     complain: Callable[[str], None],
     say: Callable[[str], None] = lambda line: None,
+    predictions: bool = False,
 ) -> EvaluateResult:
     """Evaluate a network on a folder with one sub-folder of pictures for each class.
 
@@ -96,6 +108,7 @@ def evaluate_folder(
         out: The folder of the results, which is created.
         complain: Receives one line for each file that cannot be used; the others are evaluated.
         say: Receives one line for each reason for which files are left out, as in training.
+        predictions: Whether the result has the predictions of all pictures.
 
     Raises:
         ConfigError: The folder has no classes, a class that the network does not know, or no picture.
@@ -106,8 +119,8 @@ def evaluate_folder(
             f"warning: {shown(str(data))} has the pictures of the training, so that its accuracy is too high; "
             "without --data, the test split is measured"
         )
-    found = labelled_files(data, predictor.class_names, say)
-    files, label_of = list(found), found
+    label_of = labelled_files(data, predictor.class_names, say)
+    files = list(label_of)
     used: list[str] = []
     broken: list[BrokenFile] = []
 
@@ -120,15 +133,22 @@ def evaluate_folder(
                 "contains no picture that can be used", field=f"--data {data}", remedy="add some"
             )
 
-    figures, worst = evaluate(
-        shown(str(data)), predictor.class_names, batches(), lambda index: shown(used[index])
-    )
+    found = evaluate(shown(str(data)), predictor.class_names, batches(), lambda index: shown(used[index]))
     out.mkdir(parents=True, exist_ok=True)
-    pictures = [predictor.preprocessing.read(used[index]) for index in worst]
-    written = write_evaluation(out, figures, pictures)
+    pictures = [predictor.preprocessing.read(used[index]) for index in found.worst]
+    written = write_evaluation(out, found.figures, pictures)
     atomic_write(out / EVALUATION_PAGE, evaluation_page(out, "Evaluation", f"{name} on {shown(str(data))}"))
     paths = [str(out / file) for file in (*written, EVALUATION_PAGE)]
-    return EvaluateResult(network=name, evaluation=figures, broken=broken, files=paths)
+    return _result(name, found, broken, paths, predictions)
+
+
+def _result(
+    name: str, found: Evaluated, broken: list[BrokenFile], files: list[str], predictions: bool
+) -> EvaluateResult:
+    result = EvaluateResult(network=name, evaluation=found.figures, broken=broken, files=files)
+    if predictions:
+        result["predictions"] = found.all_predictions()
+    return result
 
 
 def are_training_pictures(run: Path, data: Path) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -45,8 +47,8 @@ class ClassFigures(TypedDict):
     taken_for: str | None
 
 
-class Mistake(TypedDict):
-    """A picture that is not recognised, with the probabilities of the predicted and of the true class.
+class LabelledPrediction(TypedDict):
+    """A picture, its true and its predicted class, and the probabilities of both.
 
     `picture` is its file: as it was given, or relative to the root of the data set. A picture without a file of its own
     is "test picture N", where N is its place in the test split, from 0.
@@ -73,8 +75,26 @@ class Evaluation(TypedDict):
     calibration_error: float
     classes: list[ClassFigures]
     confusion: list[list[int]]
-    mistakes: list[Mistake]
+    mistakes: list[LabelledPrediction]
     n_mistakes: int
+
+
+class Evaluated(NamedTuple):
+    """What `evaluate` finds.
+
+    Args:
+        figures: The figures.
+        worst: The indices of the pictures of the worst mistakes.
+        predictions: Returns the prediction of the picture with an index.
+    """
+
+    figures: Evaluation
+    worst: list[int]
+    predictions: Callable[[int], LabelledPrediction]
+
+    def all_predictions(self) -> list[LabelledPrediction]:
+        """Return the predictions of all pictures, in their order."""
+        return [self.predictions(index) for index in range(self.figures["pictures"])]
 
 
 def evaluate(
@@ -82,7 +102,7 @@ def evaluate(
     class_names: Sequence[str],
     batches: Iterable[tuple[Tensor, Tensor]],
     name_of: Callable[[int], str],
-) -> tuple[Evaluation, list[int]]:
+) -> Evaluated:
     """Compute the figures of a network from its probabilities.
 
     Args:
@@ -90,11 +110,8 @@ def evaluate(
         class_names: Names of the K classes.
         batches: Labels (B,) int64 and probabilities (B, K), at least one picture in all.
         name_of: Returns the name of the picture with an index; called when all batches were read.
-
-    Returns:
-        The figures, and the indices of the pictures of the worst mistakes.
     """
-    # Only four numbers are kept for each picture: all probabilities of ImageNet's 50,000 would take 400 MB.
+    # Only five numbers are kept for each picture: all probabilities of ImageNet's 50,000 would take 400 MB.
     kept: list[tuple[Tensor, ...]] = []
     for labels, batch in batches:
         top, places = batch.topk(min(TOP, batch.shape[1]), dim=1)
@@ -109,16 +126,16 @@ def evaluate(
     confusion = np.bincount(truth * count + predicted, minlength=count**2).reshape(count, count)
     wrong = np.flatnonzero(~correct)
     worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST].tolist()
-    mistakes = [
-        Mistake(
+
+    def prediction(index: int) -> LabelledPrediction:
+        return LabelledPrediction(
             picture=name_of(index),
             true=class_names[truth[index]],
             predicted=class_names[predicted[index]],
             probability=float(confidence[index]),
             true_probability=float(of_truth[index]),
         )
-        for index in worst
-    ]
+
     figures = Evaluation(
         data=data,
         pictures=len(truth),
@@ -127,10 +144,10 @@ def evaluate(
         calibration_error=expected_calibration_error(np.clip(confidence, 0, 1), correct),
         classes=[_class_figures(place, class_names, confusion) for place in range(count)],
         confusion=confusion.tolist(),
-        mistakes=mistakes,
+        mistakes=[prediction(index) for index in worst],
         n_mistakes=len(wrong),
     )
-    return figures, worst
+    return Evaluated(figures, worst, prediction)
 
 
 def _share(successes: int, n: int) -> Share:
@@ -153,11 +170,11 @@ def _class_figures(place: int, class_names: Sequence[str], confusion: NDArray[np
 
 def evaluate_dataset(
     predictor: Predictor, dataset: ImageDataset, data: str
-) -> tuple[Evaluation, list[Tensor]]:
+) -> tuple[Evaluated, list[Tensor]]:
     """Evaluate a network on the test split of a data set.
 
     Returns:
-        The figures, and the pictures (C, H, W) uint8 of the worst mistakes.
+        What was found, and the pictures (C, H, W) uint8 of the worst mistakes.
     """
     test = dataset.test
 
@@ -168,8 +185,9 @@ def evaluate_dataset(
     parts = torch.arange(len(test)).split(BATCH)
     steps = predictor.preprocessing
     batches = ((test.labels[part], predictor.probabilities(pictures_at(test, part, steps))) for part in parts)
-    figures, worst = evaluate(data, predictor.class_names, batches, name_of)
-    return figures, list(pictures_at(test, torch.tensor(worst, dtype=torch.int64), steps)) if worst else []
+    found = evaluate(data, predictor.class_names, batches, name_of)
+    worst = torch.tensor(found.worst, dtype=torch.int64)
+    return found, list(pictures_at(test, worst, steps)) if len(worst) else []
 
 
 def pictures_at(pictures: Pictures, indices: Tensor, steps: Preprocessing) -> Tensor:
@@ -186,6 +204,15 @@ def pictures_at(pictures: Pictures, indices: Tensor, steps: Preprocessing) -> Te
     if isinstance(pictures, FilePictures):
         return torch.stack([steps.read(source) for source in pictures.sources(indices)])
     return pictures.images[indices]
+
+
+def predictions_csv(predictions: Iterable[LabelledPrediction]) -> str:
+    """Return predictions as CSV, with a row for each picture and the fields of `LabelledPrediction` as columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(LabelledPrediction.__annotations__), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(predictions)
+    return text.getvalue()
 
 
 def write_evaluation(folder: Path, figures: Evaluation, pictures: Sequence[Tensor]) -> tuple[str, ...]:
@@ -219,4 +246,5 @@ def evaluate_trained(
         say(f"the report has no evaluation, which would take minutes: add it with istanas evaluate {folder}")
         return ()
     predictor = Predictor(to_channels_last(net), dataset.preprocessing, dataset.class_names)
-    return write_evaluation(folder, *evaluate_dataset(predictor, dataset, data))
+    found, pictures = evaluate_dataset(predictor, dataset, data)
+    return write_evaluation(folder, found.figures, pictures)

@@ -147,7 +147,9 @@ def test_exported_files_are_on_disk(trained: "pipeline.FinishedRun[Any]") -> Non
 def test_an_evaluation_has_the_figures_of_the_command(
     trained: "pipeline.FinishedRun[Any]", folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = pipeline.evaluate(trained, quiet=True)
+    own = pipeline.evaluate(trained, predictions=True, quiet=True)
+    correct = [each["true"] == each["predicted"] for each in own["predictions"]]
+    assert sum(correct) / len(correct) == trained.result["test_top1"]
     assert own["evaluation"]["top1"]["estimate"] == trained.result["test_top1"]
     assert all(Path(file).exists() for file in own["files"])
     assert capsys.readouterr().out == ""

@@ -28,8 +28,9 @@ def random_figures(n: int = 300) -> tuple[np.ndarray, np.ndarray, Evaluation, li
     values = torch.from_numpy(logits).softmax(1)
     parts = torch.arange(n).split(64)
     batches = ((torch.from_numpy(labels)[part], values[part]) for part in parts)
-    figures, worst = evaluate("some pictures", NAMES, batches, lambda index: f"picture {index}")
-    return labels, values.numpy(), figures, worst
+    found = evaluate("some pictures", NAMES, batches, lambda index: f"picture {index}")
+    assert [each["predicted"] for each in found.all_predictions()] == [NAMES[i] for i in values.argmax(1)]
+    return labels, values.numpy(), found.figures, found.worst
 
 
 def test_the_figures_are_those_of_scikit_learn() -> None:

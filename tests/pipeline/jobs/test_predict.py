@@ -303,6 +303,27 @@ def test_a_run_is_evaluated_again_with_the_same_figures(project: Project, istana
     assert 'id="evaluation"' in (project.run / "report.html").read_text()
 
 
+def test_an_evaluation_writes_the_predictions_of_all_pictures(project: Project, istanas: Command) -> None:
+    figures = json.loads((project.run / "evaluation.json").read_text())
+    code, out, _ = istanas("evaluate", str(project.run), "--csv", "all.csv", "--json")
+    assert code == 0
+    assert "predictions" not in json.loads(out.splitlines()[-1])
+    table = pd.read_csv("all.csv", dtype={"true": str, "predicted": str})
+    assert table["picture"].tolist() == [f"test picture {i}" for i in range(figures["pictures"])]
+    confusion = pd.crosstab(table["true"], table["predicted"]).to_numpy().tolist()
+    assert confusion == figures["confusion"]
+    wrong = table[table["true"] != table["predicted"]].sort_values("true_probability", kind="stable")
+    assert wrong["picture"].tolist()[:20] == [each["picture"] for each in figures["mistakes"]]
+    _, printed, _ = istanas("evaluate", str(project.run), "--csv", "-")
+    assert printed == Path("all.csv").read_text()
+    for arguments, problem in (
+        (("--csv", "-", "--json"), "--csv -: --json writes to stdout, too"),
+        (("--csv", "."), "a folder; name a file"),
+    ):
+        code, _, err = istanas("evaluate", str(project.run), *arguments)
+        assert (code, problem in err) == (2, True), err
+
+
 def test_other_pictures_are_evaluated_with_their_labels(project: Project, istanas: Command) -> None:
     for file, label in zip(project.files, project.labels, strict=True):
         place = project.folder / "labelled" / "test" / label / Path(file).name
