@@ -384,6 +384,7 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "install",
         "--no-deps",
         "--no-index",
+        "--ignore-installed",  # this package in the environment of the tests
         str(wheel),
     ]
     output_of(install, environment)

@@ -13,6 +13,7 @@ network.json, in the metadata of the ONNX file and in the extra file network.jso
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -157,6 +158,8 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
         card: The card of the network.
         file: The file to write.
     """
+    # Torch 2.9 logs that operations of torchvision, which the network does not have, lack annotations.
+    logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
     exported = torch.onnx.export(
         program,
         dynamo=True,
