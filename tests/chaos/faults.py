@@ -124,7 +124,8 @@ def run_twice(case: Case, moments: Sequence[int]) -> None:
         assert second.end() == 2, second.words
         assert second.lines[-1].startswith("error: run directory "), second.words
         assert f"in use by process {first.process.pid} on " in second.lines[-1]
-        assert snapshot(case.run) == before, "the refused command has changed a file"
+        changed = snapshot(case.run).items() ^ before.items()
+        assert not changed, f"the refused command has changed files: {sorted(changed)}"
         first.process.send_signal(signal.SIGCONT)
     assert first.end() == 0, first.words
 
