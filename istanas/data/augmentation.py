@@ -2,8 +2,8 @@
 
 Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
 drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
-`data.loading` applies `augment` to batches of pictures in memory, and `large.load_large_picture`, which uses
-`file_transform`, to each picture that it reads from a file.
+`data.loading` applies `augment` to batches of pictures in memory, and `large.load_large_picture` the transforms to each
+picture that it reads from a file.
 """
 
 from __future__ import annotations
@@ -189,7 +189,8 @@ def _chunks(images: Tensor) -> Sequence[Tensor]:
     """Split a batch on a CPU into parts that fit into its cache; on other devices, a batch is one part."""
     if images.device.type != "cpu":
         return (images,)
-    return images.split(max(1, CACHED_VALUES // max(1, images[:1].numel())))
+    n_pictures = max(1, CACHED_VALUES // max(1, images[:1].numel()))
+    return torch.split(images, n_pictures)
 
 
 def augment(
@@ -352,24 +353,20 @@ def _within(size: int, length: int, centre: Tensor) -> Tensor:
 
 
 @cache
-def file_transform(size: int, augmentation: Augmentation | None) -> Callable[[object], Tensor]:
-    """Return the standard preprocessing of ImageNet, which maps a picture to (3, size, size) bytes.
-
-    Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter is that of its published code.
-    """
+def evaluation_transform(size: int) -> Callable[[object], Tensor]:
+    """Return the standard preprocessing of ImageNet in an evaluation: it maps a picture to (3, size, size) bytes."""
     from torchvision.transforms import v2
 
-    if augmentation is None:
-        steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()]
-        return cast(Callable[[object], Tensor], v2.Compose(steps))
-    return cast(
-        Callable[[object], Tensor], v2.Compose([v2.RandomResizedCrop(size), crop_transform(augmentation)])
-    )
+    steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()]
+    return cast(Callable[[object], Tensor], v2.Compose(steps))
 
 
 @cache
-def crop_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
-    """Return the part of `file_transform` that follows the random crop: it maps a crop to bytes."""
+def training_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
+    """Return the standard augmentation of ImageNet after the random resized crop: it maps a crop to bytes.
+
+    Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter is that of its published code.
+    """
     from torchvision.transforms import v2
 
     from istanas.data.jitter import FastColorJitter

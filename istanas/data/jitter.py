@@ -182,8 +182,13 @@ def _ramp() -> Image.Image:
 def _grey(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the grey values of planes, (H * W,). All sums are whole numbers below 2^24, which float32 represents."""
     red, green, blue = values
-    grey: NDArray[np.float32] = np.floor((red * _RED + green * _GREEN + blue * _BLUE + 0x8000) * (1 / 65536))
-    return grey
+    grey: NDArray[np.float32] = red * _RED
+    part = green * _GREEN
+    grey += part
+    grey += np.multiply(blue, _BLUE, out=part)
+    grey += 0x8000
+    grey *= 1 / 65536
+    return np.floor(grey, out=grey)
 
 
 def _order(red: Bytes, green: Bytes, blue: Bytes, largest: Bytes, smallest: Bytes) -> Bytes:

@@ -1,23 +1,26 @@
 """One large picture, from its file to the bytes of a batch: decoded, cropped and augmented.
 
-JPEG files of photographs have many more pixels than a network receives. With `Augmentation.reduced_decoding`, the
-random crop is drawn before the file is decoded, and libjpeg computes the picture at 1/2, 1/4 or 1/8 of its size if the
+The augmentation is that of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`. JPEG files of
+photographs have many more pixels than a network receives. With `Augmentation.reduced_decoding`, the random crop is
+drawn before the file is decoded, and libjpeg computes the picture at 1/2, 1/4 or 1/8 of its size if the
 crop still has as many pixels as the network receives. Pillow decodes the pictures: `torchvision.io`, which cannot
 reduce them, is deprecated since torchvision 0.29.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from istanas.data.augmentation import Augmentation, crop_transform, file_transform
+from istanas.data.augmentation import Augmentation, evaluation_transform, training_transform
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings, read_picture
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torchvision.transforms.v2 import RandomResizedCrop
 
 REDUCTIONS = (8, 4, 2)
 """The factors by which libjpeg can divide the sides of a picture while it decodes."""
@@ -40,31 +43,47 @@ def load_large_picture(
     Raises:
         DataError: If the file cannot be decoded.
     """
-    if augmentation is None or not augmentation.reduced_decoding:
+    if augmentation is None:
         picture, _ = read_picture(source, settings)
-        return file_transform(size, augmentation)(picture)
-    return crop_transform(augmentation)(_random_crop(source, size, settings))
+        return evaluation_transform(size)(picture)
+    return training_transform(augmentation)(
+        _random_crop(source, size, settings, augmentation.reduced_decoding)
+    )
 
 
-def _random_crop(source: str | bytes, size: int, settings: DecodeSettings) -> Image.Image:
-    """Return the random resized crop of a picture, decoded with as few pixels as it needs.
+def import_transforms(size: int, augmentation: Augmentation | None) -> None:
+    """Import what `load_large_picture` needs, before processes are forked that would each do so."""
+    if augmentation is None:
+        evaluation_transform(size)
+    else:
+        training_transform(augmentation)
+        _crop(size)
 
-    A file that is decoded in full has the same crop, bit for bit, as in `file_transform`.
+
+@cache
+def _crop(size: int) -> RandomResizedCrop:
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    return RandomResizedCrop(size)
+
+
+def _random_crop(source: str | bytes, size: int, settings: DecodeSettings, is_reduced: bool) -> Image.Image:
+    """Return the random resized crop of a picture; if `is_reduced`, it is decoded with as few pixels as it needs.
+
+    A file that is decoded in full has the same crop, bit for bit, as `RandomResizedCrop` returns.
     """
     from PIL import Image
-    from torchvision.transforms.v2 import RandomResizedCrop
     from torchvision.transforms.v2 import functional as F
 
-    crop = RandomResizedCrop(size)
     drawn: dict[str, int] = {}
 
     def draw(width: int, height: int) -> int:
         blank = torch.empty(1, height, width, device="meta")
-        drawn.update(crop.make_params([blank]), full_width=width)
+        drawn.update(_crop(size).make_params([blank]), full_width=width)
         return reduction_for(drawn["width"], drawn["height"], size)
 
-    picture, _ = read_picture(source, settings, draw)
-    if not drawn:  # a file of another format
+    picture, _ = read_picture(source, settings, draw if is_reduced else None)
+    if not drawn:  # also for a file of another format
         draw(*picture.size)
     factor = round(drawn["full_width"] / picture.width)
     top, left, height, width = (drawn[name] for name in ("top", "left", "height", "width"))

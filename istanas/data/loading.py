@@ -18,14 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from istanas.data.augmentation import (
     Augmentation,
     augment,
-    file_transform,
     global_generator_at,
     mask,
     normalize,
     send,
 )
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
-from istanas.data.large import load_large_picture
+from istanas.data.large import import_transforms, load_large_picture
 from istanas.data.transfer import copy_on_side_stream, side_stream
 from istanas.errors import ConfigError, DataError
 from istanas.seeds import seed_from_text
@@ -125,7 +124,7 @@ class BatchLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
         )
-        file_transform(pictures.image_size, self.augmentation)  # imported here, not by each process
+        import_transforms(pictures.image_size, self.augmentation)
         stream = side_stream(self.device)
         for batch in loader:
             if isinstance(batch, DataError):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from istanas.data.augmentation import file_transform, normalize
+from istanas.data.augmentation import evaluation_transform, normalize
 from istanas.data.reading import (
     DEFAULT_DECODING,
     DecodeSettings,
@@ -142,7 +142,7 @@ class Preprocessing:
                 remedy=f"scale it to {width}x{height} pixels first",
             )
         if self.resize == "resize_and_crop":
-            image = file_transform(width, None)(picture)
+            image = evaluation_transform(width)(picture)
         else:
             pixels = np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, 3)
             image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())

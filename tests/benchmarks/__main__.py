@@ -240,7 +240,7 @@ WORKS: dict[str, Callable[[], Row | list[Row]]] = {
     "retraining": lambda: retraining(16, 8, 64, 1.8, 5),
     "augmentation": lambda: augmentation(256, 6.0, 15),
     "compile": lambda: compiled.retraining(8, 3, 32, 5),
-    "decoding": lambda: large_pictures.decoding(512, 1.5, 3),
+    "decoding": lambda: large_pictures.decoding(512, 1.5, 5),
     "reading_memory": lambda: large_pictures.memory(128),
     "shards": shards.measure,
     "recovery": lambda: recovery(7),

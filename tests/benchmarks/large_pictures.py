@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -67,7 +68,7 @@ def open_folder(root: Path) -> ImageDataset:
 
 def our_batches(
     dataset: ImageDataset, batch: int, workers: int, *, epoch: int = 0, augmentation: Augmentation = PUBLISHED
-) -> Iterable[object]:
+) -> Iterable[Any]:
     """Return an epoch of normalised training batches."""
     return batches(
         dataset,
@@ -83,7 +84,7 @@ def our_batches(
     )
 
 
-def torchvision_batches(root: Path, batch: int, workers: int) -> Iterable[object]:
+def torchvision_batches(root: Path, batch: int, workers: int) -> Iterable[Any]:
     """Return an epoch of the same transforms, as torchvision's documentation combines them."""
     transform = v2.Compose(
         [
@@ -98,12 +99,12 @@ def torchvision_batches(root: Path, batch: int, workers: int) -> Iterable[object
     return DataLoader(ImageFolder(root / "train", transform), batch, shuffle=True, num_workers=workers)
 
 
-def drained(make: Callable[[], Iterable[object]]) -> Callable[[], None]:
-    """Return a call that reads an epoch and keeps nothing."""
+def drained(make: Callable[[], Iterable[Any]]) -> Callable[[], None]:
+    """Return a call that reads an epoch, with each value of its batches, as a training does, and keeps nothing."""
 
     def drain() -> None:
-        for _ in make():
-            pass
+        for images, *_ in make():
+            images.sum()
 
     return drain
 
