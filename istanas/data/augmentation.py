@@ -179,7 +179,10 @@ def normalize(
         send(torch.tensor(values, dtype=precise).view(shape), images.device)
         for values in ([1 / (255 * s) for s in std], [m / s for m, s in zip(mean, std, strict=True)])
     )
-    out = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
+    # A batch of one channel has both memory formats, and keeps its strides.
+    is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
+    memory_format = torch.preserve_format if is_channels_last else torch.channels_last
+    out = torch.empty_like(images, dtype=dtype, memory_format=memory_format)
     for source, target in zip(_chunks(images), _chunks(out), strict=True):
         target.copy_(source.to(precise).mul_(scale).sub_(shift))
     return out

@@ -69,6 +69,20 @@ def test_a_batch_equals_the_literal_pictures(
     assert torch.equal(images, before)
 
 
+@pytest.mark.parametrize("shape", [(3, 3, 300, 200), (200, 3, 32, 32), (2, 1, 8, 8), (0, 3, 8, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_parts_of_a_batch_are_normalised_as_the_whole(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The first two batches are larger than the cache. A batch of one channel keeps its strides."""
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = [0.4] * shape[1], [0.3] * shape[1]
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, shift = (torch.tensor(value, dtype=precise) for value in (1 / (255 * 0.3), 0.4 / 0.3))
+    wanted = images.contiguous(memory_format=torch.channels_last).to(precise) * scale - shift
+    found = normalize(images, mean, std, dtype)
+    assert torch.equal(found, wanted.to(dtype))
+    assert found.stride() == wanted.stride()
+
+
 def test_the_result_is_float32_in_channels_last_memory() -> None:
     found = augment(pictures(), Augmentation(4, True, 16), MEAN, STD, torch.Generator().manual_seed(0))
     assert found.dtype == torch.float32
