@@ -87,7 +87,11 @@ def to_planes(picture: Image.Image) -> Bytes:
 
 
 def adjust_brightness(planes: Bytes, factor: float) -> Bytes:
-    """Return factor * planes, as torchvision's function of this name.
+    """Return factor * planes, clipped to 0..255, as torchvision's function of this name.
+
+    Args:
+        planes: (3, N) bytes, the channels of N pixels.
+        factor: The factor, >= 0; 1 changes nothing.
 
     Example:
         >>> adjust_brightness(np.array([[2], [4], [200]], np.uint8), 1.5).ravel().tolist()
@@ -99,6 +103,10 @@ def adjust_brightness(planes: Bytes, factor: float) -> Bytes:
 def adjust_contrast(planes: Bytes, factor: float) -> Bytes:
     """Return mean + factor * (planes - mean), with the mean grey value, as torchvision's function of this name.
 
+    Args:
+        planes: (3, N) bytes, the channels of N pixels.
+        factor: The factor, >= 0; 1 changes nothing.
+
     Example:
         >>> adjust_contrast(np.array([[10, 30]] * 3, np.uint8), 0.5)[0].tolist()
         [15, 25]
@@ -109,6 +117,10 @@ def adjust_contrast(planes: Bytes, factor: float) -> Bytes:
 
 def adjust_saturation(planes: Bytes, factor: float) -> Bytes:
     """Return grey + factor * (planes - grey), with each pixel's grey value, as torchvision's function of this name.
+
+    Args:
+        planes: (3, N) bytes, the channels of N pixels.
+        factor: The factor, >= 0; 1 changes nothing.
 
     Example:
         >>> adjust_saturation(np.array([[10], [30], [20]], np.uint8), 0.0).ravel().tolist()
@@ -126,7 +138,7 @@ def adjust_hue(planes: Bytes, factor: float) -> Bytes:
     """Rotate the hue by a share of the colour circle, as torchvision's function of this name.
 
     Args:
-        planes: The picture.
+        planes: (3, N) bytes, the channels of N pixels.
         factor: The share, in [-0.5, 0.5].
 
     Example:

@@ -2,9 +2,9 @@
 
 The augmentation is that of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`. JPEG files of
 photographs have many more pixels than a network receives. With `Augmentation.reduced_decoding`, the random crop is
-drawn before the file is decoded, and libjpeg computes the picture at 1/2, 1/4 or 1/8 of its size if the
-crop still has as many pixels as the network receives. Pillow decodes the pictures: `torchvision.io`, which cannot
-reduce them, is deprecated since torchvision 0.29.
+drawn before the file is decoded, and libjpeg computes the picture at 1/2, 1/4 or 1/8 of its size if the crop still has
+as many pixels as the network receives. Pillow decodes the pictures: `torchvision.io`, which cannot reduce them, is
+deprecated since torchvision 0.29.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _random_crop(source: str | bytes, size: int, settings: DecodeSettings, is_re
         return reduction_for(drawn["width"], drawn["height"], size)
 
     picture, _ = read_picture(source, settings, draw if is_reduced else None)
-    if not drawn:  # also for a file of another format
+    if not drawn:  # The file was decoded in full.
         draw(*picture.size)
     factor = round(drawn["full_width"] / picture.width)
     top, left, height, width = (drawn[name] for name in ("top", "left", "height", "width"))
