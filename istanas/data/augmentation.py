@@ -1,9 +1,9 @@
-"""Augmentation: crop, flip, normalisation and cutout of batches of small pictures, and the transform of picture files.
+"""Augmentation: crop, flip, normalisation and cutout of batches of small pictures, and the transforms of picture files.
 
-Every random number comes from the generator that is passed in, so that a batch is determined by its seed. Numbers are
-drawn on the generator's device and then moved: with a CPU generator, all devices give the same augmentation.
-`data.loading` applies `augment` to batches of pictures in memory, and `large.load_large_picture` the transforms to each
-picture that it reads from a file.
+`data.loading` applies `augment` to batches of pictures in memory. Every random number comes from the generator that is
+passed in, so that a batch is determined by its seed. Numbers are drawn on the generator's device and then moved: with a
+CPU generator, all devices give the same augmentation. `large.load_large_picture` applies `evaluation_transform`, or
+`transform_after_crop`, which draws from torch's global generator, to a picture that it reads from a file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from istanas.errors import ConfigError
 
-CACHED_VALUES = 2**17
-"""Number of values that `normalize` converts at a time on a CPU: 512 KiB as float32."""
+_CHUNK = 2**17  # values that `normalize` converts at a time on a CPU: the copy (512 KiB) stays in its cache
 MAX_MAGNITUDE = 30
 """Largest magnitude of torchvision's RandAugment."""
 
@@ -184,7 +183,7 @@ def normalize(
     memory_format = torch.preserve_format if is_channels_last else torch.channels_last
     out = torch.empty_like(images, dtype=dtype, memory_format=memory_format)
     for source, target in zip(_chunks(images), _chunks(out), strict=True):
-        target.copy_(source.to(precise).mul_(scale).sub_(shift))
+        target.copy_((source.to(precise) * scale).sub_(shift))
     return out
 
 
@@ -192,7 +191,7 @@ def _chunks(images: Tensor) -> Sequence[Tensor]:
     """Split a batch on a CPU into parts that fit into its cache; on other devices, a batch is one part."""
     if images.device.type != "cpu":
         return (images,)
-    n_pictures = max(1, CACHED_VALUES // max(1, images[:1].numel()))
+    n_pictures = max(1, _CHUNK // max(1, images[:1].numel()))
     return torch.split(images, n_pictures)
 
 
@@ -365,7 +364,7 @@ def evaluation_transform(size: int) -> Callable[[object], Tensor]:
 
 
 @cache
-def training_transform(augmentation: Augmentation) -> Callable[[object], Tensor]:
+def transform_after_crop(augmentation: Augmentation) -> Callable[[object], Tensor]:
     """Return the standard augmentation of ImageNet after the random resized crop: it maps a crop to bytes.
 
     Source: Liu et al. 2019 (DARTS), appendix A.2; the colour jitter is that of its published code.
@@ -380,6 +379,7 @@ def training_transform(augmentation: Augmentation) -> Callable[[object], Tensor]
     if augmentation.rand_augment > 0:
         steps.append(_rand_augment(augmentation.rand_augment))
     if augmentation.color_jitter:
+        # It returns a tensor, and must therefore be the last step.
         steps.append(FastColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2))
     else:
         steps.append(v2.PILToTensor())

@@ -1,11 +1,9 @@
 """The colour jitter of torchvision, faster, with the same bits.
 
-torchvision changes a picture of Pillow up to four times, and each change converts it to another form and back. Here, a
-picture is an array of three planes, (3, H * W) bytes, from the first change to the last one. On a CPU, the hue takes
-most of torchvision's time, since Pillow converts each pixel to HSV and back by divisions. A channel has only 256
-values, so that tables hold the results of all divisions.
-
-All operations have the order and the precision of Pillow's `Blend.c` and `Convert.c`.
+torchvision changes a Pillow image up to four times, and each change makes a new image. Here, a picture is an array of
+three planes, (3, H * W) bytes, from the first change to the last one. On a CPU, the hue takes most of torchvision's
+time, since Pillow converts each pixel to HSV and back by divisions. A channel has only 256 values, so that tables hold
+the results of all divisions. The results equal those of Pillow's `Blend.c` and `Convert.c`, bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 Bytes = NDArray[np.uint8]
-FACTOR_BITS = 24  # of the fixed-point numbers in `_Tables.middle`
+_FACTOR_BITS = 24  # after the point, in `_Tables`: 255 * 2^24 + 2^23 fits into 32 bits
 _RED, _GREEN, _BLUE = 19595, 38470, 7471  # Pillow's weights of a grey value, in units of 1 / 65536
 
 
@@ -29,14 +27,14 @@ class _Tables(NamedTuple):
 
     Args:
         hue: Hue at [order, V - M, C]; the order, 0 to 5, tells which channels have the largest and smallest value.
-        saturated: At [V, C], the saturation, and 256 times the smallest channel after the conversion back to RGB.
-        middle: At [hue, saturation], the middle channel after the conversion back, divided by V, with FACTOR_BITS bits
-            after the point; above them and the one before the point, the sixth of the colour circle, 0 to 5.
+        smallest_and_saturation: At [V, C], 256 * (the smallest channel after the conversion back to RGB) + saturation.
+        sector_and_factor: At [hue, saturation], sector * 2^25 + round(factor * 2^24). The factor is the middle channel
+            after the conversion back, divided by V, in [0, 1]; the sector is a sixth of the colour circle, 0 to 5.
     """
 
     hue: Bytes
-    saturated: NDArray[np.uint16]
-    middle: NDArray[np.uint32]
+    smallest_and_saturation: NDArray[np.uint16]
+    sector_and_factor: NDArray[np.uint32]
 
 
 # For the channels red, green and blue: the sectors of the colour circle in which the channel has the largest value,
@@ -47,7 +45,7 @@ _SECTORS = (((0, 5), (1, 4), (2, 3)), ((1, 2), (0, 3), (4, 5)), ((3, 4), (2, 5),
 class FastColorJitter:
     """torchvision's `ColorJitter`, followed by `PILToTensor`, for RGB pictures of Pillow.
 
-    It draws the same numbers and returns the same bytes, (3, H, W).
+    It draws the same numbers from torch's global generator, and returns the same bytes, (3, H, W).
 
     Args:
         brightness, contrast, saturation, hue: See torchvision's class.
@@ -61,12 +59,12 @@ class FastColorJitter:
     def __init__(self, brightness: float, contrast: float, saturation: float, hue: float) -> None:
         from torchvision.transforms import v2
 
-        self._original = v2.ColorJitter(brightness, contrast, saturation, hue)
+        self._torchvision_jitter = v2.ColorJitter(brightness, contrast, saturation, hue)
         _tables()  # before data workers are forked, so that they share them
 
     def __call__(self, picture: Image.Image) -> Tensor:
-        """Draw the order and the factors of the changes, and apply them."""
-        drawn = self._original.make_params([])
+        """Draw the order and the factors of the changes, apply them, and return (3, H, W) bytes."""
+        drawn = self._torchvision_jitter.make_params([])
         changes = (
             (adjust_brightness, drawn["brightness_factor"]),
             (adjust_contrast, drawn["contrast_factor"]),
@@ -87,7 +85,7 @@ def to_planes(picture: Image.Image) -> Bytes:
 
 
 def adjust_brightness(planes: Bytes, factor: float) -> Bytes:
-    """Return factor * planes, clipped to 0..255, as torchvision's function of this name.
+    """Return factor * planes, clipped to 0..255: the bytes of torchvision's `adjust_brightness`.
 
     Args:
         planes: (3, N) bytes, the channels of N pixels.
@@ -101,7 +99,7 @@ def adjust_brightness(planes: Bytes, factor: float) -> Bytes:
 
 
 def adjust_contrast(planes: Bytes, factor: float) -> Bytes:
-    """Return mean + factor * (planes - mean), with the mean grey value, as torchvision's function of this name.
+    """Return mean + factor * (planes - mean), with the mean grey value: the bytes of torchvision's `adjust_contrast`.
 
     Args:
         planes: (3, N) bytes, the channels of N pixels.
@@ -116,7 +114,7 @@ def adjust_contrast(planes: Bytes, factor: float) -> Bytes:
 
 
 def adjust_saturation(planes: Bytes, factor: float) -> Bytes:
-    """Return grey + factor * (planes - grey), with each pixel's grey value, as torchvision's function of this name.
+    """Return grey + factor * (planes - grey) with each pixel's grey value: the bytes of `adjust_saturation`.
 
     Args:
         planes: (3, N) bytes, the channels of N pixels.
@@ -135,7 +133,7 @@ def adjust_saturation(planes: Bytes, factor: float) -> Bytes:
 
 
 def adjust_hue(planes: Bytes, factor: float) -> Bytes:
-    """Rotate the hue by a share of the colour circle, as torchvision's function of this name.
+    """Rotate the hue by a share of the colour circle: the bytes of torchvision's `adjust_hue`.
 
     Args:
         planes: (3, N) bytes, the channels of N pixels.
@@ -152,36 +150,33 @@ def adjust_hue(planes: Bytes, factor: float) -> Bytes:
     middle = np.maximum(low, np.minimum(high, blue))
     range_ = largest - smallest
 
-    order = _order(red, green, blue, largest, smallest).astype(np.uint32)
-    order <<= 16
-    order |= _pair(largest - middle, range_)
-    hue = tables.hue.take(order.astype(np.intp))
+    place = _order(red, green, blue, largest, smallest).astype(np.uint32)
+    place <<= 16
+    place |= _pair(largest - middle, range_)
+    hue = tables.hue.take(place)
     hue += np.int32(factor * 255).astype(np.uint8)  # it wraps around
-    saturated = tables.saturated.take(_pair(largest, range_).astype(np.intp))
-    saturation, smallest = saturated.astype(np.uint8), (saturated >> 8).astype(np.uint8)
-    product = tables.middle.take(_pair(hue, saturation).astype(np.intp))
-    sector = (product >> (FACTOR_BITS + 1)).astype(np.uint8)
-    product &= (1 << (FACTOR_BITS + 1)) - 1
+    found = tables.smallest_and_saturation.take(_pair(largest, range_))
+    saturation, new_smallest = found.astype(np.uint8), (found >> 8).astype(np.uint8)
+    product = tables.sector_and_factor.take(_pair(hue, saturation))
+    sector = (product >> (_FACTOR_BITS + 1)).astype(np.uint8)
+    product &= (1 << (_FACTOR_BITS + 1)) - 1
     product *= largest
-    product += 1 << (FACTOR_BITS - 1)  # rounds to the nearest number
-    product >>= FACTOR_BITS
-    middle = product.astype(np.uint8)
+    product += 1 << (_FACTOR_BITS - 1)  # rounds to the nearest number
+    product >>= _FACTOR_BITS
+    new_middle = product.astype(np.uint8)
 
     is_in = [-(sector == i).view(np.uint8) for i in range(6)]  # masks of 255 and 0
     shifted = np.empty_like(planes)
-    for channel, ((a, b), (c, d), (e, f)) in zip(shifted, _SECTORS, strict=True):
-        channel[:] = (
-            largest & (is_in[a] | is_in[b])
-            | middle & (is_in[c] | is_in[d])
-            | smallest & (is_in[e] | is_in[f])
-        )
+    for channel, sectors in zip(shifted, _SECTORS, strict=True):
+        is_largest, is_middle, is_smallest = (is_in[one] | is_in[other] for one, other in sectors)
+        channel[:] = largest & is_largest | new_middle & is_middle | new_smallest & is_smallest
     return shifted
 
 
 def _blended(planes: Bytes, value: int, factor: float) -> Bytes:
     """Return value + factor * (planes - value), with the rounding of Pillow's `blend`."""
     table = Image.blend(Image.new("L", (256, 1), value), _ramp(), factor)
-    # numpy's `take` would need a larger index for each byte.
+    # `translate` needs no array of indices, as `take` does. A bytearray is writable, which torch requires.
     return np.frombuffer(bytearray(planes).translate(table.tobytes()), np.uint8).reshape(planes.shape)
 
 
@@ -206,8 +201,8 @@ def _grey(values: NDArray[np.float32]) -> NDArray[np.float32]:
 def _order(red: Bytes, green: Bytes, blue: Bytes, largest: Bytes, smallest: Bytes) -> Bytes:
     """Return the order of each pixel's channels, see `_Tables`.
 
-    It is 0, 2 or 4 if red, green or blue is the largest. If another one than blue (for blue: than red) is the smallest,
-    it is one more.
+    It is 2 c + s: c is 0, 1 or 2 if red, green or blue is the largest channel; s is 1 if blue (for c = 2: red) is not
+    the smallest one.
     """
     not_red = red != largest
     blue_is_largest = not_red & (green != largest)
@@ -217,7 +212,7 @@ def _order(red: Bytes, green: Bytes, blue: Bytes, largest: Bytes, smallest: Byte
 
 
 def _pair(first: Bytes, second: Bytes) -> NDArray[np.uint16]:
-    """Return the place in a flattened table of 256 columns."""
+    """Return 256 * first + second, which is also the place in a flattened table of 256 columns."""
     pair = first.astype(np.uint16)
     pair <<= 8
     pair |= second
@@ -230,9 +225,8 @@ def _tables() -> _Tables:
     value = np.arange(256, dtype=np.float32)
     exact = value.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # for pairs (V, C) that cannot occur
-        share = (value[:, None] / value).astype(
-            np.float64
-        )  # (V - M) / C; it is 0 for V and 1 for the smallest channel
+        # (V - M) / C, which would be 0 for M = V and 1 for the smallest channel
+        share = (value[:, None] / value).astype(np.float64)
         saturation = value / value[:, None]
         hue = np.stack([1 - share, share - 1, 2 + share - 1, 3 - share, 4 + share - 1, 5 - share])
         hue = np.fmod(hue.astype(np.float32).astype(np.float64) / 6 + 1, 1).astype(np.float32)
@@ -251,8 +245,10 @@ def _tables() -> _Tables:
     smallest = (exact[:, None] * remaining + 0.5).astype(np.uint8)
     return _Tables(
         hue=_to_bytes(hue).ravel(),
-        saturated=_pair(smallest, bytes_of_saturation).ravel(),
-        middle=(np.rint(factor * (1 << FACTOR_BITS)).astype(np.uint32) | sector << (FACTOR_BITS + 1)).ravel(),
+        smallest_and_saturation=_pair(smallest, bytes_of_saturation).ravel(),
+        sector_and_factor=(
+            np.rint(factor * (1 << _FACTOR_BITS)).astype(np.uint32) | sector << (_FACTOR_BITS + 1)
+        ).ravel(),
     )
 
 

@@ -1,10 +1,10 @@
 """One large picture, from its file to the bytes of a batch: decoded, cropped and augmented.
 
-The augmentation is that of torchvision's `RandomResizedCrop`, `RandomHorizontalFlip` and `ColorJitter`. JPEG files of
-photographs have many more pixels than a network receives. With `Augmentation.reduced_decoding`, the random crop is
-drawn before the file is decoded, and libjpeg computes the picture at 1/2, 1/4 or 1/8 of its size if the crop still has
-as many pixels as the network receives. Pillow decodes the pictures: `torchvision.io`, which cannot reduce them, is
-deprecated since torchvision 0.29.
+The augmentation is torchvision's: `RandomResizedCrop`, `RandomHorizontalFlip`, and `RandAugment` or `ColorJitter`. JPEG
+files of photographs have many more pixels than a network receives. With `Augmentation.reduced_decoding`, the random
+crop is drawn before the file is decoded, and libjpeg computes the picture at 1/2, 1/4 or 1/8 of its size if the crop
+still has as many pixels as the network receives. Pillow decodes the pictures: `torchvision.io`, which cannot reduce
+them, is deprecated since torchvision 0.29.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from istanas.data.augmentation import Augmentation, evaluation_transform, training_transform
+from istanas.data.augmentation import Augmentation, evaluation_transform, transform_after_crop
 from istanas.data.reading import DEFAULT_DECODING, DecodeSettings, read_picture
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def load_large_picture(
 
     Args:
         source: The path of the file, or its content.
-        size: Side of the square that a network receives.
+        size: Side of the square that a network receives, in pixels.
         augmentation: The augmentation; None scales and crops as for an evaluation.
         settings: How the pixels are decoded.
 
@@ -46,29 +46,29 @@ def load_large_picture(
     if augmentation is None:
         picture, _ = read_picture(source, settings)
         return evaluation_transform(size)(picture)
-    return training_transform(augmentation)(
+    return transform_after_crop(augmentation)(
         _random_crop(source, size, settings, augmentation.reduced_decoding)
     )
 
 
-def import_transforms(size: int, augmentation: Augmentation | None) -> None:
-    """Import what `load_large_picture` needs, before processes are forked that would each do so."""
+def prepare_transforms(size: int, augmentation: Augmentation | None) -> None:
+    """Build the transforms of `load_large_picture` in this process, so that forked processes share their tables."""
     if augmentation is None:
         evaluation_transform(size)
     else:
-        training_transform(augmentation)
-        _crop(size)
+        transform_after_crop(augmentation)
+        _random_resized_crop(size)
 
 
 @cache
-def _crop(size: int) -> RandomResizedCrop:
+def _random_resized_crop(size: int) -> RandomResizedCrop:
     from torchvision.transforms.v2 import RandomResizedCrop
 
     return RandomResizedCrop(size)
 
 
-def _random_crop(source: str | bytes, size: int, settings: DecodeSettings, is_reduced: bool) -> Image.Image:
-    """Return the random resized crop of a picture; if `is_reduced`, it is decoded with as few pixels as it needs.
+def _random_crop(source: str | bytes, size: int, settings: DecodeSettings, may_reduce: bool) -> Image.Image:
+    """Return the random resized crop of a picture; if `may_reduce`, it is decoded with as few pixels as it needs.
 
     A file that is decoded in full has the same crop, bit for bit, as `RandomResizedCrop` returns.
     """
@@ -79,11 +79,11 @@ def _random_crop(source: str | bytes, size: int, settings: DecodeSettings, is_re
 
     def draw(width: int, height: int) -> int:
         blank = torch.empty(1, height, width, device="meta")
-        drawn.update(_crop(size).make_params([blank]), full_width=width)
+        drawn.update(_random_resized_crop(size).make_params([blank]), full_width=width)
         return reduction_for(drawn["width"], drawn["height"], size)
 
-    picture, _ = read_picture(source, settings, draw if is_reduced else None)
-    if not drawn:  # The file was decoded in full.
+    picture, _ = read_picture(source, settings, draw if may_reduce else None)
+    if not drawn:  # `read_picture` calls `draw` for JPEG files only, and only if it may reduce them.
         draw(*picture.size)
     factor = round(drawn["full_width"] / picture.width)
     top, left, height, width = (drawn[name] for name in ("top", "left", "height", "width"))

@@ -24,7 +24,7 @@ from istanas.data.augmentation import (
     send,
 )
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, Pictures
-from istanas.data.large import import_transforms, load_large_picture
+from istanas.data.large import load_large_picture, prepare_transforms
 from istanas.data.transfer import copy_on_side_stream, side_stream
 from istanas.errors import ConfigError, DataError
 from istanas.seeds import seed_from_text
@@ -124,7 +124,7 @@ class BatchLoader:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # without one, each pass would draw a number from the global generator
         )
-        import_transforms(pictures.image_size, self.augmentation)
+        prepare_transforms(pictures.image_size, self.augmentation)
         stream = side_stream(self.device)
         for batch in loader:
             if isinstance(batch, DataError):

@@ -271,11 +271,12 @@ def evaluate(
         data: A folder with one sub-folder of pictures for each class. None for the test split of the run, whose
             directory, report and MLflow run receive the result.
         out: The folder of the files about `data`.
-        predictions: Whether the result has the true and the predicted class of each picture ("predictions").
+        predictions: Whether the result has "predictions": for each picture, `picture`, `true`, `predicted`,
+            `probability` and `true_probability`.
         config, quiet, plugins, settings: See `pipeline.api.jobs`.
 
     Returns:
-        The figures ("evaluation"), the files that were written, and the predictions if they are asked for.
+        The figures ("evaluation"), the files that were written, and "predictions" if `predictions` is true.
 
     Raises:
         DataError: A picture cannot be used, or the pictures are missing.
@@ -294,7 +295,7 @@ def evaluate(
     reference, file, given = _reference(network), _text(config), keywords_of(settings)
     if data is None:
         run, chosen = run_and_config(reference, file, given)
-        return job.evaluate_run(run.path, chosen, _console(quiet), predictions=predictions)
+        return job.evaluate_run(run.path, chosen, _console(quiet), with_predictions=predictions)
     folder = Path(out).expanduser()
     chosen, _ = load_config(file, given)
     job.check_folder(folder)
@@ -306,7 +307,7 @@ def evaluate(
         folder,
         complain=lambda line: None,
         say=say_to(_console(quiet)),
-        predictions=predictions,
+        with_predictions=predictions,
     )
     _refuse_broken(result["broken"])
     return result

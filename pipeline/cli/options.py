@@ -210,6 +210,20 @@ def job_options(command: Function) -> Function:
     return config_options(placement_options(json_option(command)))
 
 
+def csv_option(what: str) -> Callable[[Function], Function]:
+    """Return the option --csv, see `pipeline.cli.output.check_csv` and `write_csv`.
+
+    Args:
+        what: What the file has, for the help.
+    """
+    return click.option(
+        "--csv",
+        "csv_file",
+        type=click.Path(path_type=Path, allow_dash=True),
+        help=f"Write {what} to this file (CSV); - is stdout.",
+    )
+
+
 def json_option(command: Function) -> Function:
     """Add --json, which prints the result for programs."""
     return click.option(

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from pipeline.config.schema import Config
 
+STDOUT = Path("-")
+"""The value of --csv that stands for stdout."""
+
 
 def console_for(as_json: bool) -> Console:
     """Return the console for people: stdout, or stderr if a program reads stdout."""
@@ -269,12 +272,22 @@ def program_name() -> str:
     return f"{sys.executable} -m pipeline.cli" if sys.argv[0].endswith(".py") else sys.argv[0]
 
 
-def check_csv(file: Path) -> None:
-    """Check that a table can be written, before the work for it.
+def check_csv(file: Path | None, as_json: bool) -> None:
+    """Check the option --csv, before the work for the table.
+
+    Args:
+        file: The file, `STDOUT`, or None without the option.
+        as_json: Whether --json was given, too.
 
     Raises:
         ConfigError: The path is a folder, or a file that cannot be written.
     """
+    if file is None:
+        return
+    if file == STDOUT:
+        if as_json:
+            raise click.UsageError("--csv -: --json writes to stdout, too; give one of them")
+        return
     from pipeline.base.files import writable_file
 
     if file.is_dir():
@@ -283,15 +296,19 @@ def check_csv(file: Path) -> None:
         writable_file(file, "--csv")
 
 
-def write_csv(file: Path, text: str) -> None:
-    """Write a table: to a file atomically, to a pipe or device directly; see `check_csv`."""
+def write_csv(file: Path, text: str, rows: int, console: Console) -> None:
+    """Write a table to a file, atomically, with a line about it; to stdout, a pipe or a device directly."""
     from pipeline.base.files import atomic_write
 
-    check_csv(file)
+    if file == STDOUT:
+        click.echo(text, nl=False)
+        return
+    check_csv(file, as_json=False)
     if file.exists() and not file.is_file():
         file.write_text(text)
     else:
         atomic_write(file, text)
+    console.print(f"{rows} rows: {file}", highlight=False, soft_wrap=True)
 
 
 def printable(line: str) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import click
-from rich.console import Console
 
 from pipeline.cli.options import (
     Command,
     complete_file,
     complete_folder,
+    csv_option,
     json_option,
     run_options,
     store_options,
 )
 from pipeline.cli.output import (
+    STDOUT,
     check_csv,
     console_for,
     print_json,
@@ -26,40 +26,11 @@ from pipeline.cli.output import (
 )
 from pipeline.jobs.settings import load_config, run_and_config
 
-STDOUT = Path("-")
-
-
-def _csv_option(what: str) -> Callable[[click.decorators.FC], click.decorators.FC]:
-    """Return the option --csv."""
-    return click.option(
-        "--csv",
-        "csv_file",
-        type=click.Path(path_type=Path, allow_dash=True),
-        help=f"Write {what} to this file (CSV); - is stdout.",
-    )
-
-
-def _check_csv(csv_file: Path | None, as_json: bool) -> None:
-    """Check the options --csv and --json, before the work."""
-    if as_json and csv_file == STDOUT:
-        raise click.UsageError("--csv -: --json writes to stdout, too; give one of them")
-    if csv_file is not None and csv_file != STDOUT:
-        check_csv(csv_file)
-
-
-def _write_csv(csv_file: Path, text: str, rows: int, console: Console) -> None:
-    """Write a table to a file, with a line about it, or to stdout."""
-    if csv_file == STDOUT:
-        click.echo(text, nl=False)
-        return
-    write_csv(csv_file, text)
-    console.print(f"{rows} rows: {csv_file}", highlight=False, soft_wrap=True)
-
 
 @click.command(cls=Command)
 @click.argument("reference", metavar="RUN", shell_complete=complete_folder)
 @click.argument("files", metavar="FILE|DIR...", nargs=-1, required=True, shell_complete=complete_file)
-@_csv_option("the predictions")
+@csv_option("the predictions")
 @store_options
 @json_option
 def predict(
@@ -77,7 +48,7 @@ def predict(
     picture is preprocessed as in training. A folder stands for all pictures in it and in its sub-folders. A file that
     cannot be used is one line on stderr; the others are predicted, and the exit code is 1.
     """
-    _check_csv(csv_file, as_json)
+    check_csv(csv_file, as_json)
     config, _ = load_config(file, overrides)
     console = console_for(as_json or csv_file == STDOUT)
     from pipeline.jobs import predict as job
@@ -91,7 +62,7 @@ def predict(
     )
     predictions, broken = result["predictions"], result["broken"]
     if csv_file is not None:
-        _write_csv(csv_file, job.predictions_csv(predictions), len(predictions), console)
+        write_csv(csv_file, job.predictions_csv(predictions), len(predictions), console)
     elif predictions:
         console.print(job.predictions_table(predictions), crop=False)
     if as_json:
@@ -119,7 +90,7 @@ def _complain(line: str) -> None:
     type=click.Path(path_type=Path),
     help="Folder of the files about --data. Default: evaluation.",
 )
-@_csv_option("the true and the predicted class of each picture")
+@csv_option("the true and the predicted class of each picture")
 @run_options
 @json_option
 def evaluate(
@@ -141,14 +112,15 @@ def evaluate(
         raise click.UsageError(
             "--out: without --data, the files are written to the run directory; leave it out"
         )
-    _check_csv(csv_file, as_json)
-    console, wants_all = console_for(as_json or csv_file == STDOUT), csv_file is not None
+    check_csv(csv_file, as_json)
+    console = console_for(as_json or csv_file == STDOUT)
+    with_predictions = csv_file is not None
     from pipeline.jobs import evaluate as job
-    from pipeline.jobs.evaluation import predictions_csv
+    from pipeline.jobs.evaluation import labelled_predictions_csv
 
     if data is None:
         run, config = run_and_config(reference, file, overrides)
-        result = job.evaluate_run(run.path, config, console, predictions=wants_all)
+        result = job.evaluate_run(run.path, config, console, with_predictions=with_predictions)
     else:
         from pipeline.jobs.context import say_to
         from pipeline.jobs.predict import find_predictor
@@ -159,12 +131,12 @@ def evaluate(
         name, predictor = find_predictor(reference, config)
         say = say_to(console)
         result = job.evaluate_folder(
-            name, predictor, data, out, complain=_complain, say=say, predictions=wants_all
+            name, predictor, data, out, complain=_complain, say=say, with_predictions=with_predictions
         )
     predictions = result.pop("predictions", [])
     show_evaluation(result, as_json, console)
     if csv_file is not None:
-        _write_csv(csv_file, predictions_csv(predictions), len(predictions), console)
+        write_csv(csv_file, labelled_predictions_csv(predictions), len(predictions), console)
     if result["broken"]:
         console.print(f"{len(result['broken'])} files could not be used", highlight=False)
         raise click.exceptions.Exit(1)

@@ -17,11 +17,12 @@ from pipeline.cli.options import (
     complete_folder,
     complete_method,
     config_options,
+    csv_option,
     json_option,
     run_options,
     store_options,
 )
-from pipeline.cli.output import console_for, print_json, write_csv
+from pipeline.cli.output import STDOUT, check_csv, console_for, print_json, write_csv
 from pipeline.config.choices import DEFAULT_METRIC, KINDS, METRICS, TOLERANCE_POINTS
 from pipeline.jobs.settings import load_config, run_and_config
 
@@ -38,9 +39,7 @@ from pipeline.jobs.settings import load_config, run_and_config
     help="Show only runs that fulfil a condition in MLflow's syntax: "
     "'metrics.`test/top1` > 0.9 and params.seed = \"1\"'.",
 )
-@click.option(
-    "--csv", "csv_file", type=click.Path(path_type=Path), help="Write the whole table to this file (CSV)."
-)
+@csv_option("the whole table")
 @click.option(
     "--one-stage",
     is_flag=True,
@@ -69,8 +68,9 @@ def results(
     The runs are those of the MLflow store. A terminal of 120 columns shows more columns; --csv and --json have all.
     """
     _check_table(one_stage, sweep_run, filters)
+    check_csv(csv_file, as_json)
     config, _ = load_config(file, overrides)
-    console = console_for(as_json)
+    console = console_for(as_json or csv_file == STDOUT)
     from pipeline import report
     from pipeline.report import terminal
     from pipeline.tracking.store import public_uri, store_exists, store_uri
@@ -97,8 +97,7 @@ def results(
             soft_wrap=True,
         )
     if csv_file is not None:
-        write_csv(csv_file, frame.to_csv(index=False))
-        console.print(f"{len(frame)} rows: {csv_file}", highlight=False, soft_wrap=True)
+        write_csv(csv_file, frame.to_csv(index=False), len(frame), console)
     else:
         console.print(table, crop=False)
     if as_json:

@@ -21,7 +21,6 @@ from pipeline.config.schema import Config
 from pipeline.jobs.closing import tracker_of
 from pipeline.jobs.context import say_to
 from pipeline.jobs.evaluation import (
-    Evaluated,
     Evaluation,
     LabelledPrediction,
     evaluate,
@@ -42,7 +41,7 @@ from pipeline.training.pictures import check_same_pictures, data_digest, dataset
 
 
 class EvaluateResult(TypedDict):
-    """Result of `evaluate_run` and `evaluate_folder`, with the predictions of all pictures if they are asked for."""
+    """Result of `evaluate_run` and `evaluate_folder`; it has `predictions` if `with_predictions` is true."""
 
     network: str
     evaluation: Evaluation
@@ -52,7 +51,7 @@ class EvaluateResult(TypedDict):
 
 
 def evaluate_run(
-    run_dir: Path, config: Config, console: Console, *, predictions: bool = False
+    run_dir: Path, config: Config, console: Console, *, with_predictions: bool = False
 ) -> EvaluateResult:
     """Evaluate the network of a run on its test split, and write the result to its directory, report and MLflow run.
 
@@ -60,7 +59,7 @@ def evaluate_run(
         run_dir: Run directory of a finished retraining or one-stage search.
         config: Its configuration.
         console: Where lines for the user are written.
-        predictions: Whether the result has the predictions of all pictures.
+        with_predictions: Whether the result has the predictions of all pictures.
 
     Raises:
         ConfigError: The run has no trained network, or is in use by another process.
@@ -86,7 +85,10 @@ def evaluate_run(
             say(f"not in MLflow yet: deliver it with istanas sync {bucket.shown(run.path)}")
         run.push()
     paths = [bucket.shown(run.path / name) for name in (*files, REPORT_PAGE)]
-    return _result(bucket.shown(run.path), found, [], paths, predictions)
+    result = EvaluateResult(network=bucket.shown(run.path), evaluation=found.figures, broken=[], files=paths)
+    if with_predictions:
+        result["predictions"] = found.predictions
+    return result
 
 
 def evaluate_folder(
@@ -97,7 +99,7 @@ def evaluate_folder(
     *,
     complain: Callable[[str], None],
     say: Callable[[str], None] = lambda line: None,
-    predictions: bool = False,
+    with_predictions: bool = False,
 ) -> EvaluateResult:
     """Evaluate a network on a folder with one sub-folder of pictures for each class.
 
@@ -108,7 +110,7 @@ def evaluate_folder(
         out: The folder of the results, which is created.
         complain: Receives one line for each file that cannot be used; the others are evaluated.
         say: Receives one line for each reason for which files are left out, as in training.
-        predictions: Whether the result has the predictions of all pictures.
+        with_predictions: Whether the result has the predictions of all pictures.
 
     Raises:
         ConfigError: The folder has no classes, a class that the network does not know, or no picture.
@@ -139,15 +141,9 @@ def evaluate_folder(
     written = write_evaluation(out, found.figures, pictures)
     atomic_write(out / EVALUATION_PAGE, evaluation_page(out, "Evaluation", f"{name} on {shown(str(data))}"))
     paths = [str(out / file) for file in (*written, EVALUATION_PAGE)]
-    return _result(name, found, broken, paths, predictions)
-
-
-def _result(
-    name: str, found: Evaluated, broken: list[BrokenFile], files: list[str], predictions: bool
-) -> EvaluateResult:
-    result = EvaluateResult(network=name, evaluation=found.figures, broken=broken, files=files)
-    if predictions:
-        result["predictions"] = found.all_predictions()
+    result = EvaluateResult(network=name, evaluation=found.figures, broken=broken, files=paths)
+    if with_predictions:
+        result["predictions"] = found.predictions
     return result
 
 

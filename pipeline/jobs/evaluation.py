@@ -48,7 +48,7 @@ class ClassFigures(TypedDict):
 
 
 class LabelledPrediction(TypedDict):
-    """A picture, its true and its predicted class, and the probabilities of both.
+    """A picture, its true and its predicted class, and the probabilities of both, in [0, 1].
 
     `picture` is its file: as it was given, or relative to the root of the data set. A picture without a file of its own
     is "test picture N", where N is its place in the test split, from 0.
@@ -79,22 +79,18 @@ class Evaluation(TypedDict):
     n_mistakes: int
 
 
-class Evaluated(NamedTuple):
-    """What `evaluate` finds.
+class EvaluatedPictures(NamedTuple):
+    """The figures of a network, and its prediction of each picture.
 
     Args:
         figures: The figures.
+        predictions: The predictions, in the order of the pictures.
         worst: The indices of the pictures of the worst mistakes.
-        predictions: Returns the prediction of the picture with an index.
     """
 
     figures: Evaluation
+    predictions: list[LabelledPrediction]
     worst: list[int]
-    predictions: Callable[[int], LabelledPrediction]
-
-    def all_predictions(self) -> list[LabelledPrediction]:
-        """Return the predictions of all pictures, in their order."""
-        return [self.predictions(index) for index in range(self.figures["pictures"])]
 
 
 def evaluate(
@@ -102,7 +98,7 @@ def evaluate(
     class_names: Sequence[str],
     batches: Iterable[tuple[Tensor, Tensor]],
     name_of: Callable[[int], str],
-) -> Evaluated:
+) -> EvaluatedPictures:
     """Compute the figures of a network from its probabilities.
 
     Args:
@@ -126,16 +122,16 @@ def evaluate(
     confusion = np.bincount(truth * count + predicted, minlength=count**2).reshape(count, count)
     wrong = np.flatnonzero(~correct)
     worst = wrong[np.argsort(of_truth[wrong], kind="stable")][:WORST].tolist()
-
-    def prediction(index: int) -> LabelledPrediction:
-        return LabelledPrediction(
+    predictions = [
+        LabelledPrediction(
             picture=name_of(index),
             true=class_names[truth[index]],
             predicted=class_names[predicted[index]],
             probability=float(confidence[index]),
             true_probability=float(of_truth[index]),
         )
-
+        for index in range(len(truth))
+    ]
     figures = Evaluation(
         data=data,
         pictures=len(truth),
@@ -144,10 +140,10 @@ def evaluate(
         calibration_error=expected_calibration_error(np.clip(confidence, 0, 1), correct),
         classes=[_class_figures(place, class_names, confusion) for place in range(count)],
         confusion=confusion.tolist(),
-        mistakes=[prediction(index) for index in worst],
+        mistakes=[predictions[index] for index in worst],
         n_mistakes=len(wrong),
     )
-    return Evaluated(figures, worst, prediction)
+    return EvaluatedPictures(figures, predictions, worst)
 
 
 def _share(successes: int, n: int) -> Share:
@@ -170,11 +166,11 @@ def _class_figures(place: int, class_names: Sequence[str], confusion: NDArray[np
 
 def evaluate_dataset(
     predictor: Predictor, dataset: ImageDataset, data: str
-) -> tuple[Evaluated, list[Tensor]]:
+) -> tuple[EvaluatedPictures, list[Tensor]]:
     """Evaluate a network on the test split of a data set.
 
     Returns:
-        What was found, and the pictures (C, H, W) uint8 of the worst mistakes.
+        The evaluation, and the pictures (C, H, W) uint8 of the worst mistakes.
     """
     test = dataset.test
 
@@ -206,7 +202,7 @@ def pictures_at(pictures: Pictures, indices: Tensor, steps: Preprocessing) -> Te
     return pictures.images[indices]
 
 
-def predictions_csv(predictions: Iterable[LabelledPrediction]) -> str:
+def labelled_predictions_csv(predictions: Iterable[LabelledPrediction]) -> str:
     """Return predictions as CSV, with a row for each picture and the fields of `LabelledPrediction` as columns."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(LabelledPrediction.__annotations__), lineterminator="\n")

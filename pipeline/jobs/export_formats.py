@@ -15,7 +15,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
@@ -158,16 +159,15 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
         card: The card of the network.
         file: The file to write.
     """
-    # Torch 2.9 logs that operations of torchvision, which the network does not have, lack annotations.
-    logging.getLogger("torch.onnx._internal.exporter._schemas").setLevel(logging.ERROR)
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        input_names=[ONNX_INPUT],
-        output_names=[ONNX_OUTPUT],
-        dynamic_shapes={"x": {0: torch.export.Dim(BATCH_AXIS, min=1)}},  # of `TargetNetwork.forward`
-        verbose=False,
-    )
+    with _without_warnings_of_schemas():
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            input_names=[ONNX_INPUT],
+            output_names=[ONNX_OUTPUT],
+            dynamic_shapes={"x": {0: torch.export.Dim(BATCH_AXIS, min=1)}},  # of `TargetNetwork.forward`
+            verbose=False,
+        )
     assert exported is not None
     model = exported.model
     # The history of each operation is several times as large as a small network's weights.
@@ -180,6 +180,18 @@ def save_onnx(program: torch.export.ExportedProgram, card: NetworkCard, file: Pa
         genotype=card.genotype,
     )
     exported.save(file, external_data=False)
+
+
+@contextmanager
+def _without_warnings_of_schemas() -> Iterator[None]:
+    """Suppress warnings of torch 2.9 about torchvision's operations, which the network does not use."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._schemas")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def load_program(file: Path) -> Model:

@@ -14,7 +14,7 @@ from tests.benchmarks.harness import Row, compare
 from tests.benchmarks.pairs import ours_of, random_batch
 
 CPU = Compute(torch.device("cpu"))
-LARGEST_DIFFERENCE = 1e-5  # of the loss
+LARGEST_DIFFERENCE = 1e-5  # relative to the loss
 STEPS = 3  # whose losses are compared; after the first, the weights differ, too
 
 
@@ -59,8 +59,8 @@ def retraining(channels: int, layers: int, n: int, rounds: int) -> Row:
     seconds = time.perf_counter() - start
     losses += [compiled() for _ in range(STEPS - 1)]
     references = [as_it_is() for _ in losses]
-    differences = [abs(loss - other) for loss, other in zip(losses, references, strict=True)]
-    relative = [each / other for each, other in zip(differences, references, strict=True)]
+    differences = [abs(loss - reference) for loss, reference in zip(losses, references, strict=True)]
+    relative = [difference / reference for difference, reference in zip(differences, references, strict=True)]
     assert max(relative) <= LARGEST_DIFFERENCE, relative
     row = compare(
         f"retraining step, {channels} / {layers} / {n}, runtime.compile against none",

@@ -29,7 +29,7 @@ def random_figures(n: int = 300) -> tuple[np.ndarray, np.ndarray, Evaluation, li
     parts = torch.arange(n).split(64)
     batches = ((torch.from_numpy(labels)[part], values[part]) for part in parts)
     found = evaluate("some pictures", NAMES, batches, lambda index: f"picture {index}")
-    assert [each["predicted"] for each in found.all_predictions()] == [NAMES[i] for i in values.argmax(1)]
+    assert [each["predicted"] for each in found.predictions] == [NAMES[i] for i in values.argmax(1)]
     return labels, values.numpy(), found.figures, found.worst
 
 

@@ -389,7 +389,7 @@ def test_a_table_without_rows_and_an_index_are_kept(project: Project, model_fold
     import mlflow
 
     text = base64.encodebytes(Path(project.files[0]).read_bytes()).decode()  # in lines, as programs write it
-    # Not by way of MLflow, which before 3.17 replaced the index.
+    # MLflow before 3.17 replaces the index, so the model is called directly.
     found = PictureModel(open_predictor(project.run)).predict(pd.DataFrame({"picture": [text]}, index=[7]))
     assert found.index.tolist() == [7]
     model = mlflow.pyfunc.load_model(model_folder)
