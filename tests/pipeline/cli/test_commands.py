@@ -555,6 +555,7 @@ def test_results_without_a_store_are_an_empty_table_and_make_none(istanas: Comma
     assert json.loads(out) == {"results": []}
     with (here / "table.csv").open() as stream:
         assert "test_top1" in next(csv.reader(stream))
+    assert istanas("results", "--csv", "-")[1] == (here / "table.csv").read_text()
     assert not (here / "mlflow.db").exists()
 
 
