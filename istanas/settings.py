@@ -8,9 +8,9 @@ are generated from them. This module does not import torch, because the command 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 
 Matrix = Literal["uniform", "gaussian"]
 """Distributions of a measurement matrix, see `istanas.sparse.measurement_matrix`."""
@@ -27,6 +27,7 @@ Stem = Literal["auto", "cifar", "imagenet"]
 Statistics = Literal["batch", "recalibrated", "running"]
 """Statistics that batch norm uses to measure an architecture, see `RandomNasSettings`."""
 
+LEAST_LAYERS = 3  # With fewer there would be no normal cell.
 CLOSING_EPOCHS = 1
 """Epochs of a one-stage search after its last node has frozen.
 
@@ -51,6 +52,8 @@ Epochs = Annotated[int, Ge(1), Unit("epochs")]
 EpochsFromZero = Annotated[int, Ge(0), Unit("epochs")]
 Pixels = Annotated[int, Ge(0), Unit("pixels")]
 BatchSize = Annotated[int, Ge(2), Unit("pictures")]
+Stage = Annotated[tuple[PositiveInt, ...], MinLen(2), MaxLen(3)]
+"""Measurements, epochs and, optionally, layers, see `MeasuredSettings.stages`."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class SearchSettings:
 
     batch_size: BatchSize = 256
     init_channels: PositiveInt = 16
-    layers: Annotated[int, Ge(3)] = 8
+    layers: Annotated[int, Ge(LEAST_LAYERS)] = 8
     stem: Stem = "auto"
     lr: PositiveFloat = 0.1
     lr_min: NonNegativeFloat = 0.001
@@ -283,7 +286,7 @@ class OneStageSettings(SearchSettings, CostSettings, SparseCodingSettings):
     train_epochs: EpochsFromZero = 600
     batch_size: BatchSize = 96
     init_channels: PositiveInt = 36
-    layers: Annotated[int, Ge(3)] = 20
+    layers: Annotated[int, Ge(LEAST_LAYERS)] = 20
     lr: PositiveFloat = 0.025
     lr_min: NonNegativeFloat = 0.001
     schedule: Schedule = "cosine"
@@ -389,6 +392,23 @@ class RandomNasSettings(AlternatingSettings, LimitSettings):
     calibration_batches: PositiveInt = 20
 
 
+class Fidelity(NamedTuple):
+    """What a measurement of `MeasuredSettings` trains. A larger one is the higher fidelity: first layers, then epochs.
+
+    Example:
+        >>> Fidelity(5, 8) < Fidelity(17, 3)
+        True
+        >>> str(Fidelity(17, 3))
+        '3 epochs of 17 layers'
+    """
+
+    layers: int
+    epochs: int
+
+    def __str__(self) -> str:
+        return f"{self.epochs} epoch{'' if self.epochs == 1 else 's'} of {self.layers} layers"
+
+
 @dataclass(frozen=True)
 class MeasuredSettings(SearchSettings, LimitSettings):
     """Search by measurements, which trains architectures one after the other, or several at a time.
@@ -397,9 +417,10 @@ class MeasuredSettings(SearchSettings, LimitSettings):
     measured are within the limits.
 
     Args:
-        stages: Pairs [measurements, epochs], the fidelities of the search in their order. A measurement trains one
-            architecture for this number of epochs, during which the learning rate falls from lr to lr_min (cosine,
-            updated in every step).
+        stages: Lists [measurements, epochs] or [measurements, epochs, layers], the fidelities of the search in their
+            order. A measurement trains a network of one architecture for this number of epochs, during which the
+            learning rate falls from lr to lr_min (cosine, updated in every step). The network has this number of
+            layers, or the number of the key layers if none is given.
         max_concurrent: Largest number of architectures that are trained at the same time, each as a trial of Ray Tune
             in a process of its own, on this machine or a cluster. The result then depends on the order in which they
             finish. 1 trains them one after the other, without Ray.
@@ -424,7 +445,7 @@ class MeasuredSettings(SearchSettings, LimitSettings):
 
     batch_size: BatchSize = 64
     init_channels: PositiveInt = 8
-    stages: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], MinLen(1)] = ((120, 3), (30, 8))
+    stages: Annotated[tuple[Stage, ...], MinLen(1)] = ((120, 3), (30, 8))
     max_concurrent: PositiveInt = 1
     balanced: Annotated[float, Ge(0), Le(1)] = 0.3
     alpha_fraction: Annotated[float, Gt(0), Lt(1)] = 0.5
@@ -436,7 +457,22 @@ class MeasuredSettings(SearchSettings, LimitSettings):
     def max_epochs(self) -> int:
         """Sum of the epochs of all measurements; with several at a time, the number of measurements."""
         concurrent = self.trials_at_once > 1
-        return sum(measurements * (1 if concurrent else epochs) for measurements, epochs in self.stages)
+        return sum(measurements * (1 if concurrent else epochs) for measurements, epochs, *_ in self.stages)
+
+    def schedule(self, layers: int) -> list[Fidelity]:
+        """Return the fidelity of each measurement, in their order.
+
+        Args:
+            layers: Number of layers in the stages that give none.
+
+        Example:
+            >>> MeasuredSettings(stages=((1, 3), (2, 8, 17))).schedule(layers=5)
+            [Fidelity(layers=5, epochs=3), Fidelity(layers=17, epochs=8), Fidelity(layers=17, epochs=8)]
+        """
+        found = list[Fidelity]()
+        for measurements, epochs, *own in self.stages:
+            found += [Fidelity(own[0] if own else layers, epochs)] * measurements
+        return found
 
     @property
     def trials_at_once(self) -> int:
@@ -452,15 +488,14 @@ class MeasuredSettings(SearchSettings, LimitSettings):
             >>> MeasuredSettings(stages=((100, 3), (20, 8))).lasting(230, n_architectures=40).stages
             ((40, 3), (10, 8))
         """
-        share, stages = epochs / self.max_epochs, list[tuple[int, int]]()
-        for count, each in self.stages:
+        share, stages = epochs / self.max_epochs, list[tuple[int, ...]]()
+        for count, *each in self.stages:
             wanted = max(2, round(share * count))
-            if (
-                n_architectures is not None
-            ):  # No architecture is measured twice for the same number of epochs.
-                same = sum(fidelity == each for _, fidelity in self.stages)
+            # No architecture is measured twice at the same fidelity.
+            if n_architectures is not None:
+                same = sum(fidelity == each for _, *fidelity in self.stages)
                 wanted = min(wanted, max(1, n_architectures // same))
-            stages.append((wanted, each))
+            stages.append((wanted, *each))
         return replace(self, stages=tuple(stages))
 
 

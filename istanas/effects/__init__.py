@@ -33,6 +33,7 @@ from istanas.effects.fit import effects_system, fit_effects
 from istanas.effects.model import (
     Fidelities,
     System,
+    levels,
     linear_system,
     log_scores,
     normal_scores,
@@ -83,6 +84,7 @@ __all__ = [
     "join_fidelities",
     "kept_probabilities",
     "layout",
+    "levels",
     "linear_system",
     "log_evidence",
     "log_scores",

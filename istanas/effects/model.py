@@ -91,11 +91,25 @@ def scores(losses: Sequence[float] | Array, fidelity: Levels, kind: Score = "nor
     """
     if kind == "log":
         return log_scores(losses)
-    values, levels = np.asarray(losses, dtype=np.float64), np.asarray(fidelity)
+    values, level_of = np.asarray(losses, dtype=np.float64), np.asarray(fidelity)
     result = np.zeros(len(values))
-    for level in np.unique(levels):
-        result[levels == level] = normal_scores(values[levels == level])
+    for level in np.unique(level_of):
+        result[level_of == level] = normal_scores(values[level_of == level])
     return result
+
+
+def levels(fidelities: Sequence[Any]) -> list[int]:
+    """Return the position of each fidelity among the different ones, from the lowest, 0, to the highest.
+
+    Args:
+        fidelities: Values that can be compared, such as numbers of epochs or `istanas.settings.Fidelity`, (M,).
+
+    Example:
+        >>> levels([(5, 3), (5, 3), (17, 2)])
+        [0, 0, 1]
+    """
+    order = {each: position for position, each in enumerate(sorted(set(fidelities)))}
+    return [order[each] for each in fidelities]
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,8 +25,9 @@ measurements finish depends on the machines, and with it what is drawn next.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -44,13 +45,14 @@ from istanas.effects.choice import (
 from istanas.effects.coding import Architecture, layout, supports_of
 from istanas.effects.design import balanced_design
 from istanas.effects.fit import fit_effects
+from istanas.effects.model import levels
 from istanas.effects.posterior import Posterior
 from istanas.effects.summary import EffectsSummary, count_certain, predicted_score, summarize
 from istanas.errors import ConfigError, DivergedError
 from istanas.nets import ArchitectureNetwork, to_channels_last
 from istanas.optimizers import SGD
 from istanas.search.base import Batches, Choosing, RecoveryReport, Search
-from istanas.settings import MeasuredSettings
+from istanas.settings import LEAST_LAYERS, Fidelity, MeasuredSettings
 from istanas.space import Decision, Genotype, SearchSpace
 from istanas.training import (
     BatchLike,
@@ -75,12 +77,12 @@ class Planned:
     Args:
         number: Its number, from 0 in the order of the decisions. It determines the initial weights and the pictures.
         kept: The candidates of the architecture, see `istanas.effects.Architecture`.
-        epochs: Number of epochs of its training.
+        fidelity: Number of layers of its network, and number of epochs of its training.
     """
 
     number: int
     kept: Architecture
-    epochs: int
+    fidelity: Fidelity
 
 
 @dataclass(frozen=True)
@@ -89,20 +91,20 @@ class Measurement:
 
     Args:
         kept: Its candidates, see `istanas.effects.Architecture`.
-        epochs: Number of epochs that it was trained, its fidelity.
+        fidelity: Number of layers of its network, and number of epochs of its training.
         loss: Mean cross-entropy on the pictures for choosing; infinite or NaN if the training has diverged.
         top1: Accuracy on these pictures, in [0, 1].
     """
 
     kept: Architecture
-    epochs: int
+    fidelity: Fidelity
     loss: float
     top1: float
 
 
 def has_effects(measurements: Sequence[Measurement]) -> bool:
     """Return whether effects can be distinguished from the offsets of the fidelities."""
-    return len(measurements) > len({m.epochs for m in measurements})
+    return len(measurements) > len({m.fidelity for m in measurements})
 
 
 def posterior_of(space: SearchSpace, measurements: Sequence[Measurement], seed: int) -> Posterior:
@@ -111,7 +113,7 @@ def posterior_of(space: SearchSpace, measurements: Sequence[Measurement], seed: 
         space,
         [m.kept for m in measurements],
         [m.loss for m in measurements],
-        [m.epochs for m in measurements],
+        levels([m.fidelity for m in measurements]),
         n_draws=N_DRAWS,
         seed=derive_seed(seed, "measured", "posterior", len(measurements)),
     )
@@ -128,7 +130,7 @@ def summary_of(
         posterior_of(space, measurements, seed),
         [m.kept for m in measurements],
         [m.loss for m in measurements],
-        [m.epochs for m in measurements],
+        levels([m.fidelity for m in measurements]),
         seed=derive_seed(seed, "measured", "thompson", len(measurements)),
         budget=budget,
     )
@@ -179,11 +181,11 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self.space = self.supernet.space
         self.limits.check()
         self._budget = self.limits.budget()
+        self._schedule = self.settings.schedule(self.supernet.size.layers)
         self._check_stages()
         self.measurements: list[Measurement] = []
         self.pending: list[Planned] = []
         self.posterior: Posterior | None = None
-        self._schedule = [epochs for count, epochs in self.settings.stages for _ in range(count)]
         self._best = self._balanced(0)
         self._improvement: Improvement | None = None
         self._certain = 0  # choices of the best architecture
@@ -196,7 +198,8 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """Check that there is a posterior after the first stage, and an architecture for each measurement.
 
         Raises:
-            ConfigError: If the first of several stages has one measurement, or a fidelity has too many.
+            ConfigError: If the first of several stages has one measurement, a fidelity has too many, or the space has
+                no network with the layers of a stage.
         """
         stages = self.settings.stages
         if len(stages) > 1 and stages[0][0] < 2:
@@ -206,18 +209,35 @@ class MeasuredSearch(Search[MeasuredSettings]):
                 remedy="give it 2 or more",
             )
         available = math.prod(decision.n_supports for decision in self.decisions)
-        where, remedy = "the space has {} architectures", "use at most {} for each number of epochs"
-        for fidelity in {epochs for _, epochs in stages}:
-            wanted = sum(count for count, epochs in stages if epochs == fidelity)
+        where, remedy = "the space has {} architectures", "use at most {} at each fidelity"
+        for fidelity, wanted in Counter(self._schedule).items():
+            self._check_layers(fidelity.layers)
             if self._budget is not None:
                 available = count_within(self.space, self._budget, wanted)
                 where, remedy = "{} architectures are within the limits", "raise them, or use at most {}"
             if wanted > available:
                 raise ConfigError(
-                    f"{wanted} measurements of {fidelity} epochs, and {where.format(available)}",
+                    f"{wanted} measurements of {fidelity}, and {where.format(available)}",
                     field="stages",
                     remedy=remedy.format(available),
                 )
+
+    def _check_layers(self, layers: int) -> None:
+        """Check that the space has networks of this number of layers.
+
+        Raises:
+            ConfigError: If it has not.
+        """
+        if layers < LEAST_LAYERS:
+            raise ConfigError(
+                f"networks of {layers} layers", field="stages", remedy=f"use at least {LEAST_LAYERS} layers"
+            )
+        try:
+            self.space.check_size(replace(self.supernet.size, layers=layers))
+        except ConfigError as error:
+            if error.field != "layers" or layers == self.supernet.size.layers:
+                raise
+            raise ConfigError(error.problem, field="stages", remedy=error.remedy) from None
 
     @property
     def _n_balanced(self) -> int:
@@ -242,7 +262,8 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self.current, self._trained = planned, 0
         self._measured: Metrics | None = None
         torch.manual_seed(derive_seed(self.seed, self.kind, "init", planned.number))
-        net = self.space.target(self.trained_genotype(), self.supernet.size)
+        size = replace(self.supernet.size, layers=planned.fidelity.layers)
+        net = self.space.target(self.trained_genotype(), size)
         to_channels_last(net.to(self.compute.device))
         self.supernet.replace_network(net)
         self._optimizer = SGD(
@@ -256,11 +277,11 @@ class MeasuredSearch(Search[MeasuredSettings]):
     @property
     def is_measured(self) -> bool:
         """Whether the training of the current architecture is complete."""
-        return self._trained == self.current.epochs
+        return self._trained == self.current.fidelity.epochs
 
     def picture_epoch(self, epoch: int) -> int:
         """Return the number of scheduled epochs before the current one, which a diverged training does not change."""
-        return sum(self._schedule[: self.current.number]) + self._trained
+        return sum(fidelity.epochs for fidelity in self._schedule[: self.current.number]) + self._trained
 
     def train_epoch(
         self,
@@ -276,7 +297,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         Returns:
             The metrics of the training; `None` if it has diverged. Then the measurement ends.
         """
-        s, start, total = self.settings, self._trained, self.current.epochs
+        s, start, total = self.settings, self._trained, self.current.fidelity.epochs
         metrics = train_target_epoch(
             self.supernet.network,
             self._optimizer,
@@ -337,7 +358,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         Raises:
             DivergedError: As in `finish_epoch`.
         """
-        self.current, self._trained = planned, planned.epochs
+        self.current, self._trained = planned, planned.fidelity.epochs
         self._measured = measured or _DIVERGED
         self.epoch += 1
         return self.finish_epoch()
@@ -354,8 +375,11 @@ class MeasuredSearch(Search[MeasuredSettings]):
         if self.is_measured:
             assert self._measured is not None, "the pictures for choosing measure every architecture"
             done, metrics = self.current, self._measured
-            self._newest = self._prediction() | {"measured/epochs": float(done.epochs)}
-            self.measurements.append(Measurement(done.kept, done.epochs, metrics.loss, metrics.top1))
+            self._newest = self._prediction() | {
+                "measured/epochs": float(done.fidelity.epochs),
+                "measured/layers": float(done.fidelity.layers),
+            }
+            self.measurements.append(Measurement(done.kept, done.fidelity, metrics.loss, metrics.top1))
             self.pending = [planned for planned in self.pending if planned.number != done.number]
             self._learn()
             self._check_trained()
@@ -393,7 +417,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
     def _drawn(self) -> Planned:
         """Return the next measurement, now pending: of the design, or the best architecture of a posterior draw."""
         number = len(self.measurements) + len(self.pending)
-        epochs = self._schedule[number]
+        fidelity = self._schedule[number]
         if number < self._n_balanced or self.posterior is None:
             kept = self._balanced(number)
         else:
@@ -402,11 +426,11 @@ class MeasuredSearch(Search[MeasuredSettings]):
                 self.posterior,
                 1,
                 derive_seed(self.seed, self.kind, "thompson", number),
-                excluded={m.kept for m in self.measurements if m.epochs == epochs}
-                | {planned.kept for planned in self.pending if planned.epochs == epochs},
+                excluded={m.kept for m in self.measurements if m.fidelity == fidelity}
+                | {p.kept for p in self.pending if p.fidelity == fidelity},
                 budget=self._budget,
             )
-        planned = Planned(number, kept, epochs)
+        planned = Planned(number, kept, fidelity)
         self.pending.append(planned)
         return planned
 
@@ -482,10 +506,10 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """Return the state from which `load_state_dict` resumes the search bit for bit."""
         state = {
             **super().state_dict(),
-            "measurements": [astuple(each) for each in self.measurements],
+            "measurements": [(m.kept, tuple(m.fidelity), m.loss, m.top1) for m in self.measurements],
         }
         if self.is_concurrent:
-            return {**state, "pending": [astuple(each) for each in self.pending]}
+            return {**state, "pending": [(p.number, p.kept, tuple(p.fidelity)) for p in self.pending]}
         return {
             **state,
             "current": self.current.kept,
@@ -502,11 +526,15 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """
         super().load_state_dict(state)
         self.measurements = [
-            Measurement(tuple(kept), epochs, loss, top1) for kept, epochs, loss, top1 in state["measurements"]
+            Measurement(tuple(kept), self._fidelity(fidelity), loss, top1)
+            for kept, fidelity, loss, top1 in state["measurements"]
         ]
         self._learn()
         if self.is_concurrent:
-            self.pending = [Planned(number, tuple(kept), epochs) for number, kept, epochs in state["pending"]]
+            self.pending = [
+                Planned(number, tuple(kept), self._fidelity(fidelity))
+                for number, kept, fidelity in state["pending"]
+            ]
             return
         # After its last measurement, the search still holds that one.
         number = min(len(self.measurements), len(self._schedule) - 1)
@@ -516,3 +544,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self._trained = int(state["trained"])
         self.supernet.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
+
+    def _fidelity(self, saved: Sequence[int] | int) -> Fidelity:
+        """Return a saved fidelity. Until stages had layers, a state had the number of epochs only."""
+        return Fidelity(self.supernet.size.layers, saved) if isinstance(saved, int) else Fidelity(*saved)

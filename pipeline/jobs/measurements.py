@@ -288,7 +288,7 @@ class MeasurementRuns:
         ended, metrics = now_ms(), measured.metrics
         has_loss = math.isfinite(metrics.get("valid/loss", math.inf))
         kept = {name: value for name, value in metrics.items() if name.startswith(("train/", "valid/"))}
-        run.replace_metrics([MetricsLine(planned.epochs, ended, kept)] if kept else [])
+        run.replace_metrics([MetricsLine(planned.fidelity.epochs, ended, kept)] if kept else [])
         run.write(
             RunRecord(
                 name=f"measurement-{planned.number:04d}",
@@ -299,7 +299,8 @@ class MeasurementRuns:
                 params={
                     "number": planned.number,
                     "architecture": self._space.text(genotype) or genotype.to_json(),
-                    "epochs": planned.epochs,
+                    "epochs": planned.fidelity.epochs,
+                    "layers": planned.fidelity.layers,
                 },
                 tags={
                     **common_tags(self._config),

@@ -16,6 +16,7 @@ from typing import Any
 from istanas.effects import architecture
 from istanas.search import NodeReport
 from istanas.search.measured import Measurement
+from istanas.settings import Fidelity
 from istanas.space import Genotype, SearchSpace
 from pipeline.base.files import append, ensure_content
 from pipeline.runs.layout import CODES_FILE, MEASUREMENTS_FILE, TRAJECTORY_FILE
@@ -40,6 +41,7 @@ MEASUREMENTS_COLUMNS = (
     "architecture",
     "candidates",
     "epochs",
+    "layers",
     "loss",
     "top1",
     "predicted",
@@ -187,7 +189,8 @@ def measurement_of(record: EpochRecord, space: SearchSpace) -> Measurement | Non
     trained = Genotype.from_json(record.found().trained_genotype)
     return Measurement(
         architecture(space, space.supports(trained)),
-        int(m["measured/epochs"]),
+        # Records of early versions have no layers: all measurements had the same number.
+        Fidelity(int(m.get("measured/layers", 0)), int(m["measured/epochs"])),
         m.get("valid/loss", math.inf),  # nothing is measured after a training that has diverged
         m.get("valid/top1", 0.0),
     )
@@ -212,7 +215,8 @@ def measurement_rows(record: EpochRecord, space: SearchSpace) -> Iterator[tuple[
         int(m["measured/count"]),
         space.text(Genotype.from_json(record.found().trained_genotype)) or "",
         " ".join(map(str, measured.kept)),
-        measured.epochs,
+        measured.fidelity.epochs,
+        measured.fidelity.layers or "",
         measured.loss,
         measured.top1,
         # A mean of 0 is written without the rounding error of its sum, and without its sign.

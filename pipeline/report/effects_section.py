@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import pandas as pd
 from markupsafe import Markup
 from scipy.special import ndtr
 
-from istanas.effects import CERTAIN, INTERVAL, TOSS_UP, scores
+from istanas.effects import CERTAIN, INTERVAL, TOSS_UP, levels, scores
 from istanas.errors import ConfigError
 from istanas.limits import TABLE_BYTES, read_at_most
+from istanas.settings import Fidelity
 from istanas.space import Genotype, kind_title, space_of
 from istanas.statistics import kendall
 from pipeline.base.text import count, rounded
@@ -45,14 +47,16 @@ class _Measured:
 
     Args:
         kept: Their kept candidates.
-        epochs: Their fidelities, (M,).
+        fidelity: Their fidelities.
+        level: The position of each fidelity among the different ones, from the lowest, (M,).
         score: Their scores after the last measurement, (M,).
         predicted: Their scores as predicted before each of them, NaN if there was no prediction, (M,).
         diverged: Whether the training has diverged, (M,).
     """
 
     kept: list[list[int]]
-    epochs: npt.NDArray[np.int64]
+    fidelity: list[Fidelity]
+    level: npt.NDArray[np.int64]
     score: npt.NDArray[np.float64]
     predicted: npt.NDArray[np.float64]
     diverged: npt.NDArray[np.bool_]
@@ -85,7 +89,7 @@ def effects_contents(run: RunDir, record: RunRecord) -> dict[str, Any]:
     return {
         "sentences": _sentences(figures, effects, names),
         "chart": _chart(run.metrics(), measured, figures["choices"]),
-        "correlations": [_correlation(measured, epochs) for epochs in np.unique(measured.epochs)],
+        "correlations": [_correlation(measured, level) for level in range(max(measured.level) + 1)],
         "interval": rounded(INTERVAL),
         "maps": _maps(figures, effects, names, measured),
         "diverged": bool(measured.diverged.any()),
@@ -101,12 +105,19 @@ def _read_effects(file: Path) -> pd.DataFrame:
 
 
 def _read_measured(file: Path) -> _Measured:
-    frame = _frame(file, ("architecture", "candidates"), missing={"loss": ["nan"], "predicted": [""]})
-    loss, epochs = frame["loss"].to_numpy(dtype=np.float64), frame["epochs"].to_numpy(dtype=np.int64)
+    frame = _frame(
+        file, ("architecture", "candidates"), missing={"loss": ["nan"], "predicted": [""], "layers": [""]}
+    )
+    loss = frame["loss"].to_numpy(dtype=np.float64)
+    # Early versions wrote no layers.
+    layers = frame["layers"].fillna(0) if "layers" in frame else [0] * len(loss)
+    fidelity = [Fidelity(int(own), int(epochs)) for own, epochs in zip(layers, frame["epochs"], strict=True)]
+    level = np.array(levels(fidelity))
     return _Measured(
         kept=[[int(number) for number in text.split()] for text in frame["candidates"]],
-        epochs=epochs,
-        score=scores(loss, epochs),
+        fidelity=fidelity,
+        level=level,
+        score=scores(loss, level),
         predicted=frame["predicted"].to_numpy(dtype=np.float64),
         diverged=~np.isfinite(loss),
     )
@@ -203,15 +214,15 @@ def _chart(lines: Sequence[MetricsLine], measured: _Measured, n_choices: int) ->
             else:
                 axes.set_ylim(bottom=0)
         axes = add_axes(page, 1, 3, 3, "measured score")
-        for colour, epochs in zip(_COLOURS * len(measured.epochs), np.unique(measured.epochs), strict=False):
-            own = _predicted(measured, epochs)
+        for level, colour in zip(range(max(measured.level) + 1), itertools.cycle(_COLOURS), strict=False):
+            own = _predicted(measured, level)
             axes.plot(
                 measured.predicted[own],
                 measured.score[own],
                 "o",
                 color=colour,
                 ms=3.5,
-                label=count(epochs, "epoch"),
+                label=_named(measured, level),
             )
         axes.axline((0, 0), slope=1, color=_GREY, linewidth=1, linestyle=":")
         axes.set_xlabel("predicted score")
@@ -223,15 +234,22 @@ def _chart(lines: Sequence[MetricsLine], measured: _Measured, n_choices: int) ->
         )
 
 
-def _predicted(measured: _Measured, epochs: int) -> npt.NDArray[np.bool_]:
-    """Return which measurements have these epochs and a prediction."""
-    return (measured.epochs == epochs) & np.isfinite(measured.predicted)
+def _predicted(measured: _Measured, level: int) -> npt.NDArray[np.bool_]:
+    """Return which measurements have a fidelity and a prediction."""
+    return (measured.level == level) & np.isfinite(measured.predicted)
 
 
-def _correlation(measured: _Measured, epochs: int) -> str:
+def _named(measured: _Measured, level: int) -> str:
+    """Return the name of a fidelity, without its number of layers if all have the same."""
+    fidelity = sorted(set(measured.fidelity))[level]
+    several = len({each.layers for each in measured.fidelity}) > 1
+    return str(fidelity) if several else count(fidelity.epochs, "epoch")
+
+
+def _correlation(measured: _Measured, level: int) -> str:
     """Return Kendall's tau between predicted and measured scores of one fidelity, in words."""
-    own = _predicted(measured, epochs)
-    what = f"{count(int(own.sum()), 'measurement')} of {count(int(epochs), 'epoch')}"
+    own = _predicted(measured, level)
+    what = f"{count(int(own.sum()), 'measurement')} of {_named(measured, level)}"
     try:
         tau = kendall(measured.predicted[own], measured.score[own])
     except ConfigError:  # fewer than four, or all equal
@@ -253,7 +271,7 @@ def _maps(
 
     pictures = _pixels(len(effects), measured)
     probabilities = dict(zip(_places(effects), figures["choice_probabilities"], strict=True))
-    stages = np.flatnonzero(np.diff(measured.epochs)) + 1
+    stages = np.flatnonzero(np.diff(measured.level)) + 1
     every = max(1, math.ceil(len(measured.kept) / 8))
     map_left = _LEFT + _EFFECTS + _GAP
     found = []

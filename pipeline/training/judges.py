@@ -14,7 +14,6 @@ from istanas.search.judging import STATISTICS, measure_with_shared_weights
 from istanas.search.measured import Planned
 from istanas.settings import MeasuredSettings
 from istanas.space import Genotype
-from pipeline.base.text import count
 from pipeline.config.schema import Config
 from pipeline.training.build import settings_of
 from pipeline.training.compute import compute_for
@@ -76,15 +75,15 @@ class ShortTrainings:
         self._compute = compute_for(config.runtime)
         settings = settings_of(config)
         assert isinstance(settings, MeasuredSettings)
-        self._epochs = sorted({epochs for _, epochs in settings.stages})
-        self.names = tuple(f"measurement of {count(epochs, 'epoch')}" for epochs in self._epochs)
+        self._fidelities = sorted(set(settings.schedule(config.search.layers)))
+        self.names = tuple(f"measurement of {fidelity}" for fidelity in self._fidelities)
 
     def measure(self, genotype: Genotype) -> Iterator[Score]:
-        """Yield minus the loss after a training of each length."""
+        """Yield minus the loss after a training of each fidelity."""
         space = self._config.space.build()
         kept = architecture(space, space.supports(genotype))
-        for name, epochs in zip(self.names, self._epochs, strict=True):
+        for name, fidelity in zip(self.names, self._fidelities, strict=True):
             job = MeasurementJob(self._config, self._dataset, self._compute, Ranks())
             start = time.perf_counter()
-            metrics = job.measure(Planned(0, kept, epochs))
+            metrics = job.measure(Planned(0, kept, fidelity))
             yield name, -metrics["valid/loss"] if metrics else -math.inf, time.perf_counter() - start

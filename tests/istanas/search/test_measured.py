@@ -21,7 +21,7 @@ from istanas.errors import ConfigError, DivergedError
 from istanas.measure import Cost
 from istanas.nets import ArchitectureNetwork
 from istanas.search.measured import MeasuredSearch, Measurement, Planned, summary_of
-from istanas.settings import MeasuredSettings
+from istanas.settings import Fidelity, MeasuredSettings
 from istanas.space import CellSpace, Genotype, NasBench201Space, NetworkSize, SearchSpace
 from istanas.training import Compute, Metrics, derive_seed
 
@@ -133,7 +133,7 @@ def test_a_measurement_is_a_short_training_from_scratch(calibration_batches: int
     with torch.no_grad():
         losses = [F.cross_entropy(net(b[0]), b[1]).item() for b in Half(search).pictures()]
     assert search.measurements[1] == Measurement(
-        kept, 2, pytest.approx(sum(losses) / 2, rel=1e-5), search.measurements[1].top1
+        kept, Fidelity(5, 2), pytest.approx(sum(losses) / 2, rel=1e-5), search.measurements[1].top1
     )
     assert outcomes[3][1] is not None
     assert outcomes[3][1].loss == search.measurements[1].loss
@@ -145,8 +145,42 @@ def test_the_stages_have_their_own_epochs() -> None:
         assert not search.is_done
         run_epoch(search)
     assert search.is_done
-    assert [m.epochs for m in search.measurements] == [1, 1, 3]
+    assert [m.fidelity for m in search.measurements] == [(5, 1), (5, 1), (5, 3)]
     assert search.settings.max_epochs == search.epoch == 5
+
+
+def test_the_stages_have_their_own_layers() -> None:
+    search = make(MeasuredSettings(stages=((2, 1), (1, 2, 11), (1, 1, 8)), balanced=0))
+    seen = []
+    while not search.is_done:
+        seen.append((len(search.supernet.network.network.layers), search.current.fidelity))
+        run_epoch(search)
+        if "measured/epochs" in search.metrics():
+            assert search.metrics()["measured/layers"] == seen[-1][0]
+    assert seen == [(5, (5, 1)), (5, (5, 1)), (11, (11, 2)), (11, (11, 2)), (8, (8, 1))]
+    assert [m.fidelity for m in search.measurements] == [(5, 1), (5, 1), (11, 2), (8, 1)]
+
+
+def test_a_state_of_a_search_without_layers_is_continued() -> None:
+    """Until stages had layers, a state had the number of epochs in place of a fidelity."""
+    for places in (1, 2):
+        settings = MeasuredSettings(stages=((3, 1), (2, 2)), max_concurrent=places)
+        search, later = make(settings), make(settings)
+        if places == 1:
+            run_epoch(search)
+            run_epoch(search)
+        else:
+            for planned in (search.draw(), search.draw()):
+                search.receive(planned, train(search, planned))
+            search.draw()
+        new = search.state_dict()
+        old = {**new, "measurements": [(k, f[1], loss, top1) for k, f, loss, top1 in new["measurements"]]}
+        if places > 1:
+            old["pending"] = [(number, kept, fidelity[1]) for number, kept, fidelity in new["pending"]]
+        later.load_state_dict(old)
+        assert later.measurements == search.measurements
+        assert later.pending == search.pending
+        assert later.genotype() == search.genotype()
 
 
 def test_a_diverged_training_is_a_measurement_of_infinite_loss() -> None:
@@ -156,7 +190,7 @@ def test_a_diverged_training_is_a_measurement_of_infinite_loss() -> None:
     trained, measured = run_epoch(search)
     assert trained is None
     assert measured is None
-    assert search.measurements == [Measurement(first.kept, 2, math.inf, 0.0)]
+    assert search.measurements == [Measurement(first.kept, Fidelity(5, 2), math.inf, 0.0)]
     assert search.current != first
     with pytest.raises(DivergedError, match=r"^search\.lr: all 2 trainings have diverged; lower it"):
         run_epoch(search)
@@ -168,7 +202,7 @@ def test_a_search_of_two_fidelities_survives_diverged_trainings() -> None:
     class Diverging(Planted):
         def validate_epoch(self, choosing: Any) -> Metrics | None:
             super().validate_epoch(choosing)
-            if self.current.epochs == 2:
+            if self.current.fidelity.epochs == 2:
                 self._measured = Metrics(math.inf, 0.0, 1)
             return self._measured
 
@@ -187,7 +221,13 @@ def test_a_search_of_two_fidelities_survives_diverged_trainings() -> None:
         (((1, 1), (5, 2)), "stages: the first of 2 stages has 1 measurement; give it 2 or more"),
         (
             ((30, 1), (35, 1)),
-            "stages: 65 measurements of 1 epochs, and the space has 64 architectures; use at most 64",
+            "stages: 65 measurements of 1 epoch of 5 layers, and the space has 64 architectures; use at most 64",
+        ),
+        (((2, 1), (2, 1, 2)), "stages: networks of 2 layers; use at least 3 layers"),
+        (
+            ((2, 1), (2, 1, 6)),
+            "stages: 6 is not 3 N + 2, the layers of a network with 3 stages of N cells and 2 residual blocks between "
+            "them, as nas_bench_201 requires; choose 5 or 8",
         ),
     ],
 )
@@ -219,7 +259,7 @@ def test_a_measurement_elsewhere_equals_that_of_the_search() -> None:
     search = make(settings)
     first, second, third = (search.draw() for _ in range(3))
     assert search.draw() is None
-    assert [(p.number, p.epochs) for p in search.pending] == [(0, 2), (1, 2), (2, 1)]
+    assert [(p.number, p.fidelity.epochs) for p in search.pending] == [(0, 2), (1, 2), (2, 1)]
     for planned in (second, first):
         trial = make(settings)
         search.receive(planned, train(trial, planned))
@@ -227,7 +267,7 @@ def test_a_measurement_elsewhere_equals_that_of_the_search() -> None:
     assert search.pending == [third]
     assert search.receive(third, None).nodes
     assert search.is_done
-    assert search.measurements[2] == Measurement(third.kept, 1, math.inf, 0.0)
+    assert search.measurements[2] == Measurement(third.kept, Fidelity(5, 1), math.inf, 0.0)
 
 
 def test_pictures_of_a_measurement_do_not_depend_on_earlier_divergence() -> None:
@@ -445,8 +485,8 @@ def test_limits_that_leave_too_few_architectures_are_refused(macs_of_all: dict[A
     there = sum(macs == least for macs in macs_of_all.values())
     with pytest.raises(ConfigError, match=r"max_macs: 1,000 is below the cheapest architecture, which has"):
         limited(max_macs=1000)
-    few = f"stages: {there + 1} measurements of 1 epochs, and {there} architectures are within the limits; raise"
-    with pytest.raises(ConfigError, match=few):
+    few = f"stages: {there + 1} measurements of 1 epoch of 5 layers, and {there} architectures are within the limits"
+    with pytest.raises(ConfigError, match=f"{few}; raise"):
         limited(max_macs=least, stages=((there + 1, 1),))
 
 

@@ -31,7 +31,7 @@ from tests.pipeline.jobs.test_damaged_files import cut, one_wrong_digit, warning
 SPACE = NasBench201Space()
 SETTINGS = [
     *("--set", "method=measured", "--set", "space={name: nas_bench_201}", "--set", "data.crop_padding=1"),
-    *("--set", "search={stages: [[6, 1], [3, 2]], batch_size: 50, init_channels: 2, layers: 5}"),
+    *("--set", "search={stages: [[6, 1], [3, 2, 8]], batch_size: 50, init_channels: 2, layers: 5}"),
     *("--set", "search.max_pictures=100", "--set", "search.calibration_batches=1"),
     *("--set", "retrain={layers: 5, init_channels: 4, auxiliary_weight: 0}"),
     *("--set", "runtime={threads: 1, device: cpu}"),
@@ -62,6 +62,7 @@ def test_every_measurement_has_a_row(undisturbed: dict[str, Any], measurements: 
     assert tuple(measurements.columns) == MEASUREMENTS_COLUMNS
     assert list(measurements["measurement"]) == list(range(1, 10))
     assert list(measurements["epochs"]) == [1] * 6 + [2] * 3
+    assert list(measurements["layers"]) == [5] * 6 + [8] * 3
     lines = [line.metrics for line in RunDir(undisturbed["path"]).metrics()]
     finished = [m for m in lines if "measured/epochs" in m]
     assert list(measurements["loss"]) == [m["valid/loss"] for m in finished]
@@ -174,9 +175,9 @@ def test_a_diverged_training_has_an_infinite_loss(undisturbed: dict[str, Any]) -
     diverged = dataclasses.replace(last, metrics=only)
     measured = measurement_of(diverged, SPACE)
     assert measured is not None
-    assert (measured.loss, measured.top1, measured.epochs) == (math.inf, 0.0, 2)
-    ((number, _, _, epochs, loss, top1, *_),) = measurement_rows(diverged, SPACE)
-    assert (number, epochs, str(loss), top1) == (9, 2, "inf", 0.0)
+    assert (measured.loss, measured.top1, measured.fidelity) == (math.inf, 0.0, (8, 2))
+    ((number, _, _, epochs, layers, loss, top1, *_),) = measurement_rows(diverged, SPACE)
+    assert (number, epochs, layers, str(loss), top1) == (9, 2, 8, "inf", 0.0)
     unfinished = dataclasses.replace(last, metrics={"train/loss": 2.0, "measured/count": 8.0})
     assert measurement_of(unfinished, SPACE) is None
     assert list(measurement_rows(unfinished, SPACE)) == []

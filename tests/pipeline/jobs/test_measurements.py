@@ -41,7 +41,7 @@ from tests.pipeline.jobs.tiny_search import SETTINGS, search
 TINY = [
     *SETTINGS,
     "method=measured",
-    "search={stages: [[4, 1], [2, 2]], batch_size: 64, init_channels: 4, layers: 3, max_pictures: 100}",
+    "search={stages: [[4, 1], [2, 2, 4]], batch_size: 64, init_channels: 4, layers: 3, max_pictures: 100}",
 ]
 CONCURRENT = [*TINY, "search.max_concurrent=3"]
 
@@ -135,6 +135,7 @@ def test_a_killed_search_resumes_with_the_losses_of_a_sequential_one(tmp_path: P
     runs = children(machines.run)
     assert sorted(runs) == list(range(6))
     assert [runs[n].read().params["epochs"] for n in range(6)] == [1, 1, 1, 1, 2, 2]
+    assert [runs[n].read().params["layers"] for n in range(6)] == [3, 3, 3, 3, 4, 4]
     assert {each.read().status for each in runs.values()} == {"FINISHED"}
     for number in range(2):  # the balanced design; what follows depends on the order
         (own,) = runs[number].metrics()

@@ -215,7 +215,7 @@ def test_measurements_are_those_of_the_search(project: Path) -> None:
     space = config.space.build()
     judge = ShortTrainings(config, dataset)
     ((name, score, _),) = judge.measure(space.genotype(supports_of(space, first)))
-    assert name == "measurement of 1 epoch"
+    assert name == "measurement of 1 epoch of 5 layers"
     assert score == -job.search.measurements[0].loss
 
 

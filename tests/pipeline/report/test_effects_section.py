@@ -15,6 +15,7 @@ from rich.console import Console
 
 from istanas.effects import balanced_design, coded, layout, supports_of
 from istanas.search.measured import Measurement, summary_of
+from istanas.settings import Fidelity
 from istanas.space import CellSpace, Genotype, NasBench201Space, SearchSpace
 from pipeline.cluster.ray_runtime import Runtime
 from pipeline.config.load import load
@@ -63,11 +64,14 @@ def planted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     kept = balanced_design(space, 60, seed=0)
     losses = np.exp(-coded(space, kept) @ effects - 0.1 * rng.standard_normal(60))
     losses[7] = np.inf
-    epochs = [1] * 40 + [3] * 20
-    measurements = [Measurement(*each, 0.5) for each in zip(kept, epochs, losses.tolist(), strict=True)]
+    fidelities = [Fidelity(8, 3)] * 40 + [Fidelity(17, 1)] * 20
+    measurements = [Measurement(*each, 0.5) for each in zip(kept, fidelities, losses.tolist(), strict=True)]
     predicted = -np.log(np.where(np.isfinite(losses), losses, 1e3)) + rng.standard_normal(60)
     rows = [
-        (i + 1, "", " ".join(map(str, m.kept)), m.epochs, m.loss, m.top1, "" if i < 2 else predicted[i], 0.5)
+        (
+            *(i + 1, "", " ".join(map(str, m.kept)), m.fidelity.epochs, m.fidelity.layers, m.loss, m.top1),
+            *("" if i < 2 else predicted[i], 0.5),
+        )
         for i, m in enumerate(measurements)
     ]
     pd.DataFrame(rows, columns=MEASUREMENTS_COLUMNS).to_csv(copy.path / "measurements.csv", index=False)
@@ -149,7 +153,7 @@ def test_the_map_has_the_kept_candidates_coloured_by_their_loss(planted: RunDir)
     np.testing.assert_array_equal((pixels < 255).any(2), kept)
     brightness = np.array([pixels[kept[:, c], c].sum(1).mean() for c in range(len(measurements))])
     assert (pixels[kept[:, 7], 7] == (179, 64, 14)).all(), "a diverged training is orange"
-    for epochs in (1, 3):
+    for epochs in (3, 1):
         own = (measurements["epochs"] == epochs).to_numpy() & np.isfinite(measurements["loss"]).to_numpy()
         order = np.argsort(measurements["loss"][own])
         assert (np.diff(brightness[own][order]) >= 0).all(), "a smaller loss is darker"
@@ -158,8 +162,8 @@ def test_the_map_has_the_kept_candidates_coloured_by_their_loss(planted: RunDir)
 def test_predictions_have_a_correlation_for_each_stage(planted: RunDir) -> None:
     first, second = contents_of(planted)["correlations"]
     figures = r"Kendall's tau 0\.\d\d \(-?0\.\d\d to 0\.\d\d\)"
-    assert re.fullmatch(f"38 measurements of 1 epoch: {figures}", first)
-    assert re.fullmatch(f"20 measurements of 3 epochs: {figures}", second)
+    assert re.fullmatch(f"38 measurements of 3 epochs of 8 layers: {figures}", first)
+    assert re.fullmatch(f"20 measurements of 1 epoch of 17 layers: {figures}", second)
 
 
 def test_next_measurements_differ_from_the_result_as_described(planted: RunDir) -> None:
