@@ -22,7 +22,7 @@ METHOD_SETTINGS: dict[str, tuple[list[str], set[str]]] = {
     "measured": (
         ["search={stages: [[3, 1]], batch_size: 64, init_channels: 4, layers: 3, max_pictures: 100}"],
         {
-            *(f"measured/{name}" for name in ("count", "epochs", "noise", "certain_choices")),
+            *(f"measured/{name}" for name in ("count", "epochs", "layers", "noise", "certain_choices")),
             *(f"measured/{name}" for name in ("expected_improvement", "predicted", "predicted_deviation")),
         },
     ),
