@@ -27,7 +27,7 @@ Stem = Literal["auto", "cifar", "imagenet"]
 Statistics = Literal["batch", "recalibrated", "running"]
 """Statistics that batch norm uses to measure an architecture, see `RandomNasSettings`."""
 
-LEAST_LAYERS = 3  # With fewer there would be no normal cell.
+LEAST_LAYERS = 3  # With fewer, the DARTS space would have no normal cell.
 CLOSING_EPOCHS = 1
 """Epochs of a one-stage search after its last node has frozen.
 
@@ -393,12 +393,12 @@ class RandomNasSettings(AlternatingSettings, LimitSettings):
 
 
 class Fidelity(NamedTuple):
-    """What a measurement of `MeasuredSettings` trains. A larger one is the higher fidelity: first layers, then epochs.
+    """Size and length of the training of a measurement. Fidelities are ordered by layers, then by epochs.
 
     Example:
-        >>> Fidelity(5, 8) < Fidelity(17, 3)
+        >>> Fidelity(layers=5, epochs=8) < Fidelity(layers=17, epochs=3)
         True
-        >>> str(Fidelity(17, 3))
+        >>> str(Fidelity(layers=17, epochs=3))
         '3 epochs of 17 layers'
     """
 
@@ -417,10 +417,10 @@ class MeasuredSettings(SearchSettings, LimitSettings):
     measured are within the limits.
 
     Args:
-        stages: Lists [measurements, epochs] or [measurements, epochs, layers], the fidelities of the search in their
-            order. A measurement trains a network of one architecture for this number of epochs, during which the
-            learning rate falls from lr to lr_min (cosine, updated in every step). The network has this number of
-            layers, or the number of the key layers if none is given.
+        stages: Stages in their order, each [measurements, epochs] or [measurements, epochs, layers]. A measurement
+            trains a network of one architecture for this number of epochs, during which the learning rate falls from lr
+            to lr_min (cosine, updated in every step). The network of a stage without layers has those of the key
+            layers.
         max_concurrent: Largest number of architectures that are trained at the same time, each as a trial of Ray Tune
             in a process of its own, on this machine or a cluster. The result then depends on the order in which they
             finish. 1 trains them one after the other, without Ray.
@@ -459,20 +459,22 @@ class MeasuredSettings(SearchSettings, LimitSettings):
         concurrent = self.trials_at_once > 1
         return sum(measurements * (1 if concurrent else epochs) for measurements, epochs, *_ in self.stages)
 
-    def schedule(self, layers: int) -> list[Fidelity]:
-        """Return the fidelity of each measurement, in their order.
+    def fidelities(self, layers: int) -> list[Fidelity]:
+        """Return the fidelity of each stage.
 
         Args:
-            layers: Number of layers in the stages that give none.
+            layers: Number of layers of the stages that give none.
 
         Example:
-            >>> MeasuredSettings(stages=((1, 3), (2, 8, 17))).schedule(layers=5)
-            [Fidelity(layers=5, epochs=3), Fidelity(layers=17, epochs=8), Fidelity(layers=17, epochs=8)]
+            >>> MeasuredSettings(stages=((100, 3), (20, 8, 17))).fidelities(layers=5)
+            [Fidelity(layers=5, epochs=3), Fidelity(layers=17, epochs=8)]
         """
-        found = list[Fidelity]()
-        for measurements, epochs, *own in self.stages:
-            found += [Fidelity(own[0] if own else layers, epochs)] * measurements
-        return found
+        return [Fidelity(own[0] if own else layers, epochs) for _, epochs, *own in self.stages]
+
+    def schedule(self, layers: int) -> list[Fidelity]:
+        """Return the fidelity of each measurement, in their order; `layers` as in `fidelities`."""
+        stages = zip(self.stages, self.fidelities(layers), strict=True)
+        return [fidelity for (measurements, *_), fidelity in stages for _ in range(measurements)]
 
     @property
     def trials_at_once(self) -> int:
@@ -489,13 +491,13 @@ class MeasuredSettings(SearchSettings, LimitSettings):
             ((40, 3), (10, 8))
         """
         share, stages = epochs / self.max_epochs, list[tuple[int, ...]]()
-        for count, *each in self.stages:
+        fidelities = self.fidelities(self.layers)
+        for (count, *given), fidelity in zip(self.stages, fidelities, strict=True):
             wanted = max(2, round(share * count))
             # No architecture is measured twice at the same fidelity.
             if n_architectures is not None:
-                same = sum(fidelity == each for _, *fidelity in self.stages)
-                wanted = min(wanted, max(1, n_architectures // same))
-            stages.append((wanted, *each))
+                wanted = min(wanted, max(1, n_architectures // fidelities.count(fidelity)))
+            stages.append((wanted, *given))
         return replace(self, stages=tuple(stages))
 
 

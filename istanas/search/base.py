@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound=SearchSettings)
 Place = tuple[str, int]  # (kind, index) of a decision, such as (cell, node).
 Batches = Callable[[], Iterable[BatchLike]]
-STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -162,6 +161,9 @@ class Search(Generic[Settings]):
 
     has_supernet: ClassVar[bool] = True
     """Whether the candidates of a search share weights in a supernet. Else `supernet` is a `ArchitectureNetwork`."""
+
+    state_version: ClassVar[int] = 2
+    """Version of `state_dict`, increased when an older state cannot be continued."""
 
     accepts_divergence: ClassVar[bool] = False
     """Whether the search continues after a training that diverged. Then `train_epoch` returns `None`."""
@@ -404,7 +406,7 @@ class Search(Generic[Settings]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state from which `load_state_dict` resumes the search bit for bit."""
-        state = {"kind": self.kind, "version": STATE_VERSION, "epoch": self.epoch}
+        state = {"kind": self.kind, "version": self.state_version, "epoch": self.epoch}
         if not self.has_supernet:
             return state
         return {
@@ -420,10 +422,10 @@ class Search(Generic[Settings]):
         Raises:
             CheckpointError: If the state is of another kind or version.
         """
-        found = (state.get("kind"), state.get("version"))
-        if found != (self.kind, STATE_VERSION):
+        found, needed = ((state.get("kind"), state.get("version")), (self.kind, self.state_version))
+        if found != needed:
             raise CheckpointError(
-                f"{found[0]!r} version {found[1]!r} is not {self.kind!r} version {STATE_VERSION}, which this job needs",
+                f"{found[0]!r} version {found[1]!r} is not {needed[0]!r} version {needed[1]}, which this job needs",
                 field="checkpoint",
                 remedy="use another run directory or --fresh",
             )

@@ -53,7 +53,7 @@ from istanas.nets import ArchitectureNetwork, to_channels_last
 from istanas.optimizers import SGD
 from istanas.search.base import Batches, Choosing, RecoveryReport, Search
 from istanas.settings import LEAST_LAYERS, Fidelity, MeasuredSettings
-from istanas.space import Decision, Genotype, SearchSpace
+from istanas.space import Decision, Genotype, NetworkSize, SearchSpace
 from istanas.training import (
     BatchLike,
     Metrics,
@@ -100,6 +100,30 @@ class Measurement:
     fidelity: Fidelity
     loss: float
     top1: float
+
+
+def check_layers(space: SearchSpace, size: NetworkSize, settings: MeasuredSettings) -> None:
+    """Check that the space has networks with the layers of each stage.
+
+    Args:
+        space: The search space.
+        size: The size of the networks in stages without layers.
+        settings: The settings of the search.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    for layers in {fidelity.layers for fidelity in settings.fidelities(size.layers)} - {size.layers}:
+        if layers < LEAST_LAYERS:
+            raise ConfigError(
+                f"networks of {layers} layers", field="stages", remedy=f"use at least {LEAST_LAYERS} layers"
+            )
+        try:
+            space.check_size(replace(size, layers=layers))
+        except ConfigError as error:
+            # The space names the key layers, but the number is one of stages.
+            field = "stages" if error.field == "layers" else error.field
+            raise ConfigError(error.problem, field=field, remedy=error.remedy) from None
 
 
 def has_effects(measurements: Sequence[Measurement]) -> bool:
@@ -168,6 +192,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
 
     kind = "measured"
     has_supernet = False
+    state_version = 3  # Measurements have a number of layers.
     accepts_divergence = True
     supernet: ArchitectureNetwork
 
@@ -181,6 +206,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self.space = self.supernet.space
         self.limits.check()
         self._budget = self.limits.budget()
+        check_layers(self.space, self.supernet.size, self.settings)
         self._schedule = self.settings.schedule(self.supernet.size.layers)
         self._check_stages()
         self.measurements: list[Measurement] = []
@@ -198,8 +224,7 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """Check that there is a posterior after the first stage, and an architecture for each measurement.
 
         Raises:
-            ConfigError: If the first of several stages has one measurement, a fidelity has too many, or the space has
-                no network with the layers of a stage.
+            ConfigError: If the first of several stages has one measurement, or a fidelity has too many.
         """
         stages = self.settings.stages
         if len(stages) > 1 and stages[0][0] < 2:
@@ -211,7 +236,6 @@ class MeasuredSearch(Search[MeasuredSettings]):
         available = math.prod(decision.n_supports for decision in self.decisions)
         where, remedy = "the space has {} architectures", "use at most {} at each fidelity"
         for fidelity, wanted in Counter(self._schedule).items():
-            self._check_layers(fidelity.layers)
             if self._budget is not None:
                 available = count_within(self.space, self._budget, wanted)
                 where, remedy = "{} architectures are within the limits", "raise them, or use at most {}"
@@ -221,23 +245,6 @@ class MeasuredSearch(Search[MeasuredSettings]):
                     field="stages",
                     remedy=remedy.format(available),
                 )
-
-    def _check_layers(self, layers: int) -> None:
-        """Check that the space has networks of this number of layers.
-
-        Raises:
-            ConfigError: If it has not.
-        """
-        if layers < LEAST_LAYERS:
-            raise ConfigError(
-                f"networks of {layers} layers", field="stages", remedy=f"use at least {LEAST_LAYERS} layers"
-            )
-        try:
-            self.space.check_size(replace(self.supernet.size, layers=layers))
-        except ConfigError as error:
-            if error.field != "layers" or layers == self.supernet.size.layers:
-                raise
-            raise ConfigError(error.problem, field="stages", remedy=error.remedy) from None
 
     @property
     def _n_balanced(self) -> int:
@@ -526,13 +533,13 @@ class MeasuredSearch(Search[MeasuredSettings]):
         """
         super().load_state_dict(state)
         self.measurements = [
-            Measurement(tuple(kept), self._fidelity(fidelity), loss, top1)
+            Measurement(tuple(kept), Fidelity(*fidelity), loss, top1)
             for kept, fidelity, loss, top1 in state["measurements"]
         ]
         self._learn()
         if self.is_concurrent:
             self.pending = [
-                Planned(number, tuple(kept), self._fidelity(fidelity))
+                Planned(number, tuple(kept), Fidelity(*fidelity))
                 for number, kept, fidelity in state["pending"]
             ]
             return
@@ -544,7 +551,3 @@ class MeasuredSearch(Search[MeasuredSettings]):
         self._trained = int(state["trained"])
         self.supernet.network.load_state_dict(state["network"])
         self._optimizer.load_state_dict(state["optimizer"])
-
-    def _fidelity(self, saved: Sequence[int] | int) -> Fidelity:
-        """Return a saved fidelity. Until stages had layers, a state had the number of epochs only."""
-        return Fidelity(self.supernet.size.layers, saved) if isinstance(saved, int) else Fidelity(*saved)

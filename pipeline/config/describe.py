@@ -16,6 +16,7 @@ import pydantic
 from istanas.errors import ConfigError
 from istanas.methods import DEFAULT_METHOD, METHODS
 from istanas.space import DEFAULT_SPACE, SPACES
+from pipeline.base.text import count
 from pipeline.config.keys import all_schemas, schemas_of_methods, schemas_of_spaces, section_of
 from pipeline.config.schema import config_class
 from pipeline.config.sections import UNIT, WORDS, names_in
@@ -278,15 +279,23 @@ def _type(node: Mapping[str, Any]) -> str:
         return "range of values"  # only a sweep's `Parameter` is a reference
     kind = node["type"]
     if kind == "array":
-        least, most = node.get("minItems"), node.get("maxItems")
-        count = "" if least is None else f"{least} " if least == most else f"at least {least} "
-        return f"list of {count}values, each {_with_article(_type(node['items']))}"
+        values = _values(node.get("minItems"), node.get("maxItems"))
+        return f"list of {values}, each {_with_article(_type(node['items']))}"
     if kind == "object":
         return f"mapping of keys to values, each {_with_article(_type(node['additionalProperties']))}"
     words = {"boolean": "true or false", "string": "text", "null": "null"}.get(kind, kind)
     pattern = f" that matches {node['pattern']}" if "pattern" in node else ""
     unit = f" ({node[UNIT]})" if UNIT in node else ""
     return f"{words}{pattern}{_range(node)}{unit}"
+
+
+def _values(least: int | None, most: int | None) -> str:
+    """Return how many values a list has."""
+    if least is None:
+        return "values"
+    if most is None:
+        return f"at least {count(least, 'value')}"
+    return count(least, "value") if least == most else f"{least} to {most} values"
 
 
 def _with_article(words: str) -> str:

@@ -189,8 +189,7 @@ def measurement_of(record: EpochRecord, space: SearchSpace) -> Measurement | Non
     trained = Genotype.from_json(record.found().trained_genotype)
     return Measurement(
         architecture(space, space.supports(trained)),
-        # Records of early versions have no layers: all measurements had the same number.
-        Fidelity(int(m.get("measured/layers", 0)), int(m["measured/epochs"])),
+        Fidelity(int(m["measured/layers"]), int(m["measured/epochs"])),
         m.get("valid/loss", math.inf),  # nothing is measured after a training that has diverged
         m.get("valid/top1", 0.0),
     )
@@ -216,7 +215,7 @@ def measurement_rows(record: EpochRecord, space: SearchSpace) -> Iterator[tuple[
         space.text(Genotype.from_json(record.found().trained_genotype)) or "",
         " ".join(map(str, measured.kept)),
         measured.fidelity.epochs,
-        measured.fidelity.layers or "",
+        measured.fidelity.layers,
         measured.loss,
         measured.top1,
         # A mean of 0 is written without the rounding error of its sum, and without its sign.

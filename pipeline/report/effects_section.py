@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,13 +104,10 @@ def _read_effects(file: Path) -> pd.DataFrame:
 
 
 def _read_measured(file: Path) -> _Measured:
-    frame = _frame(
-        file, ("architecture", "candidates"), missing={"loss": ["nan"], "predicted": [""], "layers": [""]}
-    )
+    frame = _frame(file, ("architecture", "candidates"), missing={"loss": ["nan"], "predicted": [""]})
     loss = frame["loss"].to_numpy(dtype=np.float64)
-    # Early versions wrote no layers.
-    layers = frame["layers"].fillna(0) if "layers" in frame else [0] * len(loss)
-    fidelity = [Fidelity(int(own), int(epochs)) for own, epochs in zip(layers, frame["epochs"], strict=True)]
+    pairs = zip(frame["layers"], frame["epochs"], strict=True)
+    fidelity = [Fidelity(int(layers), int(epochs)) for layers, epochs in pairs]
     level = np.array(levels(fidelity))
     return _Measured(
         kept=[[int(number) for number in text.split()] for text in frame["candidates"]],
@@ -214,15 +210,15 @@ def _chart(lines: Sequence[MetricsLine], measured: _Measured, n_choices: int) ->
             else:
                 axes.set_ylim(bottom=0)
         axes = add_axes(page, 1, 3, 3, "measured score")
-        for level, colour in zip(range(max(measured.level) + 1), itertools.cycle(_COLOURS), strict=False):
+        for level in range(max(measured.level) + 1):
             own = _predicted(measured, level)
             axes.plot(
                 measured.predicted[own],
                 measured.score[own],
                 "o",
-                color=colour,
+                color=_COLOURS[level % len(_COLOURS)],
                 ms=3.5,
-                label=_named(measured, level),
+                label=_fidelity_name(measured, level),
             )
         axes.axline((0, 0), slope=1, color=_GREY, linewidth=1, linestyle=":")
         axes.set_xlabel("predicted score")
@@ -239,7 +235,7 @@ def _predicted(measured: _Measured, level: int) -> npt.NDArray[np.bool_]:
     return (measured.level == level) & np.isfinite(measured.predicted)
 
 
-def _named(measured: _Measured, level: int) -> str:
+def _fidelity_name(measured: _Measured, level: int) -> str:
     """Return the name of a fidelity, without its number of layers if all have the same."""
     fidelity = sorted(set(measured.fidelity))[level]
     several = len({each.layers for each in measured.fidelity}) > 1
@@ -249,7 +245,7 @@ def _named(measured: _Measured, level: int) -> str:
 def _correlation(measured: _Measured, level: int) -> str:
     """Return Kendall's tau between predicted and measured scores of one fidelity, in words."""
     own = _predicted(measured, level)
-    what = f"{count(int(own.sum()), 'measurement')} of {_named(measured, level)}"
+    what = f"{count(int(own.sum()), 'measurement')} of {_fidelity_name(measured, level)}"
     try:
         tau = kendall(measured.predicted[own], measured.score[own])
     except ConfigError:  # fewer than four, or all equal

@@ -20,7 +20,8 @@ from istanas.optimizers import SGD
 from istanas.registry import OWN
 from istanas.search import Search
 from istanas.search.limits import CandidateCosts
-from istanas.settings import CostUnit, SearchSettings, SparseCodingSettings
+from istanas.search.measured import check_layers
+from istanas.settings import CostUnit, MeasuredSettings, SearchSettings, SparseCodingSettings
 from istanas.space import SPACES, Genotype, NetworkSize, SearchSpace
 from istanas.training import Compute, derive_seed
 from pipeline.base.text import one_line
@@ -168,11 +169,15 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
     costed = () if config.trains_target or "search" not in jobs else ("retrain",)
     for job in dict.fromkeys((*jobs, *costed)):
         try:
-            space.check_size(network_size(getattr(config, job), dataset))
+            size = network_size(getattr(config, job), dataset)
+            space.check_size(size)
+            settings = settings_of(config)
+            if job == "search" and isinstance(settings, MeasuredSettings):
+                check_layers(space, size, settings)
         except ConfigError as error:
             raise _in_section(error, job) from None
         if SPACES.origin(space.name) != OWN and type(space).cost is SearchSpace.cost:
-            _check_network_of_plugin(space, network_size(getattr(config, job), dataset), dataset)
+            _check_network_of_plugin(space, size, dataset)
     if "search" in jobs:
         _check_partial_channels(config, dataset)
 

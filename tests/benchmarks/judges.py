@@ -42,7 +42,7 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "16px-12": (*FEW, *SMALL, "search.stages=[[1,12]]"),
     "16px-20k-6": (*MANY, *SMALL, "search.stages=[[1,6]]"),
     "32px-8": (*FEW, "search.stages=[[1,8]]"),
-    # Two and five times as deep, with a quarter of the pixels, at about the cost of 32px-8.
+    # Three and five cells per stage instead of one, with a quarter of the pixels.
     "16px-11layers-8": (*FEW, *SMALL, "search.layers=11", "search.stages=[[1,8]]"),
     "16px-17layers-5": (*FEW, *SMALL, "search.layers=17", "search.stages=[[1,5]]"),
 }
@@ -60,13 +60,13 @@ FIELDS = (
 )
 
 
-TURNS = ("all", "best fifth")
-TOP = ("best fiftieth",)
-FIRST_OF_TOP = 1000  # The numbers of the architectures in TOP begin here.
+STRATA = ("all", "best fifth")
+TOP_STRATA = ("best fiftieth",)
+FIRST_OF_TOP = 1000  # Index of the first architecture with --top, so that one file can have both draws.
 
 
 def drawn(
-    table: Table, count: int, seed: int, strata: tuple[str, ...] = TURNS
+    table: Table, count: int, seed: int, strata: tuple[str, ...] = STRATA
 ) -> Iterator[tuple[str, Architecture]]:
     """Yield architectures and their stratum, by turns from each stratum."""
     rng = np.random.default_rng(seed)
@@ -150,7 +150,7 @@ def main() -> None:
         writer = csv.DictWriter(stream, FIELDS, lineterminator="\n")
         if options.out.stat().st_size == 0:
             writer.writeheader()
-        first, strata = (FIRST_OF_TOP, TOP) if options.top else (0, TURNS)
+        first, strata = (FIRST_OF_TOP, TOP_STRATA) if options.top else (0, STRATA)
         for index, (stratum, kept) in enumerate(drawn(table, options.count, options.seed, strata), first):
             for judge in options.judge:
                 if (index, judge) in done:

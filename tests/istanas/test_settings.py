@@ -40,3 +40,7 @@ def test_a_warm_up_stays_shorter_than_its_search() -> None:
 
 def test_every_stage_keeps_its_fidelity_and_two_measurements() -> None:
     assert MeasuredSettings(stages=((120, 3), (30, 8))).lasting(3).stages == ((2, 3), (2, 8))
+    deep = MeasuredSettings(stages=((20, 1), (20, 1, 8), (20, 1, 17)), layers=8)
+    assert deep.lasting(120, n_architectures=50).stages == ((25, 1), (25, 1, 8), (40, 1, 17)), (
+        "the first two are equal"
+    )

@@ -161,28 +161,6 @@ def test_the_stages_have_their_own_layers() -> None:
     assert [m.fidelity for m in search.measurements] == [(5, 1), (5, 1), (11, 2), (8, 1)]
 
 
-def test_a_state_of_a_search_without_layers_is_continued() -> None:
-    """Until stages had layers, a state had the number of epochs in place of a fidelity."""
-    for places in (1, 2):
-        settings = MeasuredSettings(stages=((3, 1), (2, 2)), max_concurrent=places)
-        search, later = make(settings), make(settings)
-        if places == 1:
-            run_epoch(search)
-            run_epoch(search)
-        else:
-            for planned in (search.draw(), search.draw()):
-                search.receive(planned, train(search, planned))
-            search.draw()
-        new = search.state_dict()
-        old = {**new, "measurements": [(k, f[1], loss, top1) for k, f, loss, top1 in new["measurements"]]}
-        if places > 1:
-            old["pending"] = [(number, kept, fidelity[1]) for number, kept, fidelity in new["pending"]]
-        later.load_state_dict(old)
-        assert later.measurements == search.measurements
-        assert later.pending == search.pending
-        assert later.genotype() == search.genotype()
-
-
 def test_a_diverged_training_is_a_measurement_of_infinite_loss() -> None:
     """It ends at once, and the search continues with the next architecture, unless all of the design diverge."""
     search = make(MeasuredSettings(stages=((3, 2),), lr=1e30, grad_clip=None))

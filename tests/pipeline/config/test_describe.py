@@ -158,6 +158,7 @@ def test_every_key_and_section_has_a_meaning_in_sentences() -> None:
         ("seed", ["  type: integer in [0, 2^63)", "  default: 0"]),
         ("runtime.workers", ["  type: integer, at least 0, or MIN:MAX"]),
         ("sweep.space.KEY.int", ["  type: list of 2 values, each an integer, or null"]),
+        ("search.stages", ["  type: list of at least 1 value, each a list of 2 to 3 values, each an integer,"]),
         ("method", ["  default: two_stage"]),
     ],
 )  # fmt: skip

@@ -76,6 +76,27 @@ def test_every_measurement_has_a_row(undisturbed: dict[str, Any], measurements: 
     assert (measurements["deviation"].dropna() > 0).all()
 
 
+@pytest.mark.parametrize(
+    ("stages", "says"),
+    [
+        ("[[4, 1], [2, 1, 2]]", "search.stages: networks of 2 layers; use at least 3 layers"),
+        ("[[4, 1], [2, 1, 6]]", "search.stages: 6 is not 3 N + 2, the layers of a network"),
+        ("[[4, 1, 5, 5]]", "search.stages.0: [4, 1, 5, 5] is invalid: list should have at most 3 items"),
+    ],
+)
+def test_wrong_layers_are_refused_before_there_is_a_run(
+    stages: str,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["search", *SETTINGS, "--set", f"search.stages={stages}"]) != 0
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("runs/*"))
+
+
 def test_every_candidate_has_an_effect(undisturbed: dict[str, Any]) -> None:
     effects = pd.read_csv(undisturbed["path"] / "effects.csv", keep_default_na=False)
     assert tuple(effects.columns) == EFFECTS_COLUMNS
