@@ -192,6 +192,7 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, value: str, source: s
     (folder / f"{module}.py").write_text(source)
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
+    monkeypatch.delitem(sys.modules, module, raising=False)  # that of another test, whose folder is deleted
 
 
 def test_an_entry_point_is_loaded_without_being_named(
