@@ -27,7 +27,7 @@ from pipeline.runs.network_files import load_network
 from pipeline.training.epoch_record import EpochRecord, FolderStore, load_progress
 from pipeline.training.loop import search_worker, searched_network
 from pipeline.training.splits import splits_of
-from tests.pipeline.training.test_loop import Nobody, Watcher, all_records, decided, weights_of, with_train
+from tests.pipeline.training.small_jobs import Nobody, Watcher, all_records, decided, weights_of, with_train
 from tests.ranks import run_ranks
 
 TINY = [

@@ -19,7 +19,7 @@ from pipeline.training.splits import splits_of
 from tests.istanas.data.test_shards import packed_into, write_pictures
 from tests.istanas.data.test_shards_bucket import upload
 from tests.pipeline.runs.test_bucket import BUCKET, Server, bucket
-from tests.pipeline.training.test_loop import Nobody, Watcher, decided, retrain, search, weights_of
+from tests.pipeline.training.small_jobs import Nobody, Watcher, decided, retrain, search, weights_of
 from tests.ranks import run_ranks
 
 CLASSES = 20

@@ -19,7 +19,7 @@ from pipeline.runs.record import DatasetUse
 from pipeline.tracking.promote import Promotion, promote
 from pipeline.tracking.store import open_client
 from pipeline.tracking.tracker import MLflowTracker
-from tests.pipeline.tracking.test_tracker import end_run, make_run, save_small_network, small_network
+from tests.pipeline.tracking.delivered_runs import end_run, make_run, save_small_network, small_network
 
 Trained = Callable[..., RunDir]
 

@@ -20,7 +20,7 @@ import pytest
 from istanas.errors import ConfigError, IstanasError
 from pipeline.tracking.store import open_client
 from pipeline.tracking.ui import free_port, newest_run, serve_ui, wait_until_up
-from tests.pipeline.cli.test_commands import unignore_sigint
+from tests.pipeline.cli.tiny_commands import unignore_sigint
 from tests.ports import unused_port
 
 

@@ -21,7 +21,7 @@ from pipeline.training.compute import compiled
 from pipeline.training.epoch_record import EpochRecord, FolderStore, load_latest, read_records
 from pipeline.training.loop import retrain_worker, trained_network
 from pipeline.training.pictures import Batches, retrain_augmentation, search_augmentation
-from tests.pipeline.training.test_loop import Nobody, Watcher, decided, weights_of, with_train
+from tests.pipeline.training.small_jobs import Nobody, Watcher, decided, weights_of, with_train
 from tests.ranks import run_ranks
 
 CPU = Compute(torch.device("cpu"))
