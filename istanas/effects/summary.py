@@ -133,8 +133,8 @@ def summarize(
     deviations = replace(posterior, draws=sum_to_zero(space, posterior.draws))
     highest = max(fidelity)
     done = {kept for kept, level in zip(measured, fidelity, strict=True) if level == highest}
-    wanted, there = len(done) + n_following, math.prod(d.n_supports for d in space.all_decisions())
-    left = (there if budget is None else count_within(space, budget, wanted)) - len(done)
+    wanted = len(done) + n_following
+    left = (space.n_architectures if budget is None else count_within(space, budget, wanted)) - len(done)
     n = min(n_following, left, len(posterior.draws))
     following = thompson(space, posterior, n, seed, excluded=done, budget=budget) if n > 0 else []
     return EffectsSummary(

@@ -102,8 +102,8 @@ class Measurement:
     top1: float
 
 
-def check_layers(space: SearchSpace, size: NetworkSize, settings: MeasuredSettings) -> None:
-    """Check that the space has networks with the layers of each stage.
+def check_stages(space: SearchSpace, size: NetworkSize, settings: MeasuredSettings) -> None:
+    """Check that the stages of a search can be measured, whatever its limits.
 
     Args:
         space: The search space.
@@ -111,8 +111,23 @@ def check_layers(space: SearchSpace, size: NetworkSize, settings: MeasuredSettin
         settings: The settings of the search.
 
     Raises:
-        ConfigError: If it has not.
+        ConfigError: If the first of several stages has one measurement, so that there is no posterior after it, if a
+            fidelity has more measurements than the space has architectures, or if the space has no networks with the
+            layers of a stage.
     """
+    stages = settings.stages
+    if len(stages) > 1 and stages[0][0] < 2:
+        raise ConfigError(
+            f"the first of {len(stages)} stages has 1 measurement", field="stages", remedy="give it 2 or more"
+        )
+    there = space.n_architectures
+    for fidelity, wanted in Counter(settings.schedule(size.layers)).items():
+        if wanted > there:
+            raise ConfigError(
+                f"{wanted} measurements of {fidelity}, and the space has {there} architectures",
+                field="stages",
+                remedy=f"use at most {there} at each fidelity",
+            )
     for layers in {fidelity.layers for fidelity in settings.fidelities(size.layers)} - {size.layers}:
         if layers < LEAST_LAYERS:
             raise ConfigError(
@@ -204,11 +219,12 @@ class MeasuredSearch(Search[MeasuredSettings]):
     def begin(self) -> RecoveryReport:
         """Prepare the search, and report its decisions before any training."""
         self.space = self.supernet.space
+        check_stages(self.space, self.supernet.size, self.settings)
         self.limits.check()
         self._budget = self.limits.budget()
-        check_layers(self.space, self.supernet.size, self.settings)
         self._schedule = self.settings.schedule(self.supernet.size.layers)
-        self._check_stages()
+        if self._budget is not None:
+            self._check_number_within(self._budget)
         self.measurements: list[Measurement] = []
         self.pending: list[Planned] = []
         self.posterior: Posterior | None = None
@@ -220,30 +236,19 @@ class MeasuredSearch(Search[MeasuredSettings]):
             self.hold(self._drawn())
         return self._report(self._best)
 
-    def _check_stages(self) -> None:
-        """Check that there is a posterior after the first stage, and an architecture for each measurement.
+    def _check_number_within(self, budget: Budget) -> None:
+        """Check that the limits leave an architecture for each measurement of a fidelity.
 
         Raises:
-            ConfigError: If the first of several stages has one measurement, or a fidelity has too many.
+            ConfigError: If they do not.
         """
-        stages = self.settings.stages
-        if len(stages) > 1 and stages[0][0] < 2:
-            raise ConfigError(
-                f"the first of {len(stages)} stages has 1 measurement",
-                field="stages",
-                remedy="give it 2 or more",
-            )
-        available = math.prod(decision.n_supports for decision in self.decisions)
-        where, remedy = "the space has {} architectures", "use at most {} at each fidelity"
         for fidelity, wanted in Counter(self._schedule).items():
-            if self._budget is not None:
-                available = count_within(self.space, self._budget, wanted)
-                where, remedy = "{} architectures are within the limits", "raise them, or use at most {}"
-            if wanted > available:
+            within = count_within(self.space, budget, wanted)
+            if wanted > within:
                 raise ConfigError(
-                    f"{wanted} measurements of {fidelity}, and {where.format(available)}",
+                    f"{wanted} measurements of {fidelity}, and {within} architectures are within the limits",
                     field="stages",
-                    remedy=remedy.format(available),
+                    remedy=f"raise them, or use at most {within}",
                 )
 
     @property

@@ -262,6 +262,17 @@ class SearchSpace(ABC):
         """Return the decisions of all kinds."""
         return [decision for each in self.decisions.values() for decision in each]
 
+    @property
+    def n_architectures(self) -> int:
+        """Number of architectures, the product of the numbers of supports of all decisions.
+
+        Example:
+            >>> from istanas.space import NasBench201Space
+            >>> NasBench201Space().n_architectures  # 5^6
+            15625
+        """
+        return math.prod(decision.n_supports for decision in self.all_decisions())
+
     def genotype(self, supports: Supports) -> Genotype:
         """Return the genotype that keeps these candidates.
 

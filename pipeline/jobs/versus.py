@@ -352,8 +352,8 @@ def _searched(study: _Study, entrant: Entrant, config: Config, configured: Versu
             study.observer.note(f"{entrant.label}: a short search measures the seconds of an epoch")
             study.paces[entrant.label] = _epoch_seconds(study.search(probe, f"{entrant.name}-probe"))
         epochs = search_epochs(study.paces[entrant.label], configured["search_seconds"])
-        available = math.prod(decision.n_supports for decision in config.space.build().all_decisions())
-        config = config.model_copy(update={"search": config.search.lasting(epochs, available)})
+        lasting = config.search.lasting(epochs, config.space.build().n_architectures)
+        config = config.model_copy(update={"search": lasting})
     search = study.search(config, entrant.name)
     newest = _epoch_seconds(search)
     if len(newest) >= 3:  # a first, a middle and a last epoch

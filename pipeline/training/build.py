@@ -20,7 +20,7 @@ from istanas.optimizers import SGD
 from istanas.registry import OWN
 from istanas.search import Search
 from istanas.search.limits import CandidateCosts
-from istanas.search.measured import check_layers
+from istanas.search.measured import check_stages
 from istanas.settings import CostUnit, MeasuredSettings, SearchSettings, SparseCodingSettings
 from istanas.space import SPACES, Genotype, NetworkSize, SearchSpace
 from istanas.training import Compute, derive_seed
@@ -173,7 +173,7 @@ def check_networks(config: Config, dataset: ImageDataset, jobs: Sequence[str]) -
             space.check_size(size)
             settings = settings_of(config)
             if job == "search" and isinstance(settings, MeasuredSettings):
-                check_layers(space, size, settings)
+                check_stages(space, size, settings)
         except ConfigError as error:
             raise _in_section(error, job) from None
         if SPACES.origin(space.name) != OWN and type(space).cost is SearchSpace.cost:

@@ -81,10 +81,15 @@ def test_every_measurement_has_a_row(undisturbed: dict[str, Any], measurements: 
     [
         ("[[4, 1], [2, 1, 2]]", "search.stages: networks of 2 layers; use at least 3 layers"),
         ("[[4, 1], [2, 1, 6]]", "search.stages: 6 is not 3 N + 2, the layers of a network"),
+        ("[[1, 1], [2, 2]]", "search.stages: the first of 2 stages has 1 measurement; give it 2 or more"),
+        (
+            "[[15626, 1]]",
+            "search.stages: 15626 measurements of 1 epoch of 5 layers, and the space has 15625 archit",
+        ),
         ("[[4, 1, 5, 5]]", "search.stages.0: [4, 1, 5, 5] is invalid: list should have at most 3 items"),
     ],
 )
-def test_wrong_layers_are_refused_before_there_is_a_run(
+def test_stages_that_cannot_be_measured_leave_no_run(
     stages: str,
     says: str,
     tmp_path: Path,
