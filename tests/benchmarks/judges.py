@@ -37,12 +37,14 @@ FEW, MANY = (
     ("search.max_pictures=25000", "search.alpha_fraction=0.2"),  # 20,000 and 5,000
 )
 SMALL = ("data.image_size=16", "data.crop_padding=2")
+SHALLOW = ("search.layers=5",)  # one cell per stage
 JUDGES: dict[str, tuple[str, ...]] = {
-    "32px-3": (*FEW, "search.stages=[[1,3]]"),
-    "16px-12": (*FEW, *SMALL, "search.stages=[[1,12]]"),
-    "16px-20k-6": (*MANY, *SMALL, "search.stages=[[1,6]]"),
-    "32px-8": (*FEW, "search.stages=[[1,8]]"),
-    # Three and five cells per stage instead of one, with a quarter of the pixels.
+    "32px-3": (*FEW, *SHALLOW, "search.stages=[[1,3]]"),
+    "16px-12": (*FEW, *SMALL, *SHALLOW, "search.stages=[[1,12]]"),
+    "16px-20k-6": (*MANY, *SMALL, *SHALLOW, "search.stages=[[1,6]]"),
+    "32px-8": (*FEW, *SHALLOW, "search.stages=[[1,8]]"),
+    "32px-8layers-3": (*FEW, "search.layers=8", "search.stages=[[1,3]]"),  # two cells per stage
+    # Three and five cells per stage, with a quarter of the pixels.
     "16px-11layers-8": (*FEW, *SMALL, "search.layers=11", "search.stages=[[1,8]]"),
     "16px-17layers-5": (*FEW, *SMALL, "search.layers=17", "search.stages=[[1,5]]"),
 }
