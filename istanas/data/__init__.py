@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from istanas.data.arrays import dataset_from_arrays
     from istanas.data.augmentation import Augmentation, augment, cutout, normalize, random_crop, random_flip
-    from istanas.data.folders import Survey, survey_folder
     from istanas.data.image_dataset import (
         ArrayPictures,
         FilePictures,
@@ -22,11 +21,11 @@ if TYPE_CHECKING:
     from istanas.data.registry import DATASETS, DatasetEntry, load_dataset, register_dataset
     from istanas.data.request import DatasetRequest
     from istanas.data.splits import stratified_split, stratified_subset
+    from istanas.data.survey import Survey, survey_folder
 
 _MODULES = {
     "arrays": ("dataset_from_arrays",),
     "augmentation": ("Augmentation", "augment", "cutout", "normalize", "random_crop", "random_flip"),
-    "folders": ("Survey", "survey_folder"),
     "image_dataset": ("ArrayPictures", "FilePictures", "ImageDataset", "Pictures", "pictures_digest"),
     "loading": ("Batch", "BatchLoader", "batches"),
     "preprocessing": ("Preprocessing",),
@@ -34,6 +33,7 @@ _MODULES = {
     "registry": ("DATASETS", "DatasetEntry", "load_dataset", "register_dataset"),
     "request": ("DatasetRequest",),
     "splits": ("stratified_split", "stratified_subset"),
+    "survey": ("Survey", "survey_folder"),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -14,12 +14,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from istanas.data.cache import reason, sha256
-from istanas.data.folders import describe
 from istanas.data.image_dataset import ArrayPictures, ImageDataset, pictures_digest
 from istanas.data.preprocessing import stretch_images
 from istanas.data.registry import TORCHVISION
 from istanas.data.request import DatasetRequest
 from istanas.data.splits import stratified_split
+from istanas.data.survey import describe
 from istanas.errors import DataError
 
 

@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from istanas.data.arrays import array_dataset
 from istanas.data.cache import read_cache, sha256, write_cache
-from istanas.data.folders import Listing, Survey, cache_file, survey_folder
+from istanas.data.folders import Listing
 from istanas.data.image_dataset import ArrayPictures, FilePictures, ImageDataset, pictures_digest
 from istanas.data.pool import DEFAULT_POOL, Pool
 from istanas.data.preprocessing import Resize
 from istanas.data.reading import DecodeSettings, decode_pictures
 from istanas.data.request import DatasetRequest
 from istanas.data.shard_files import Members
+from istanas.data.survey import Survey, cache_file, survey_folder
 from istanas.limits import SMALL_SIDE
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

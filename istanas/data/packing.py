@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from istanas.data.cache import reason, sha256
-from istanas.data.folders import FACTS, Survey, check_text, survey_folder
+from istanas.data.folders import check_text
 from istanas.data.pool import Pool, Progress
 from istanas.data.reading import (
     DEFAULT_DECODING,
@@ -49,6 +49,7 @@ from istanas.data.shard_index import (
     write_index,
     write_table,
 )
+from istanas.data.survey import FACTS, Survey, survey_folder
 from istanas.errors import ConfigError, DataError
 from istanas.files import replacing_file
 

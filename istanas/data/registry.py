@@ -20,8 +20,8 @@ from istanas.limits import SMALL_SIDE
 from istanas.registry import OWN, Registry
 
 if TYPE_CHECKING:
-    from istanas.data.folders import Survey
     from istanas.data.image_dataset import ImageDataset
+    from istanas.data.survey import Survey
 
 Load = Callable[[DatasetRequest], "ImageDataset"]
 """Loads a data set. The request holds the settings, see `load_dataset`."""

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from istanas.data.folder_dataset import dataset_of
-from istanas.data.folders import Listing, Survey, count_of
+from istanas.data.folders import Listing, count_of
 from istanas.data.image_dataset import ImageDataset
 from istanas.data.request import DatasetRequest
 from istanas.data.shard_files import Members, storage_at
 from istanas.data.shard_index import read_index
+from istanas.data.survey import Survey
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from istanas.buckets import is_address
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS, TEST_SPLITS, count_of, not_a_folder
+from istanas.data.folders import TEST_SPLITS, count_of, not_a_folder
 from istanas.data.reading import shown
 from istanas.data.shard_files import (
     SAMPLE,
@@ -34,6 +34,7 @@ from istanas.data.shard_files import (
     excerpt_of,
     in_threads,
 )
+from istanas.data.survey import FACTS
 from istanas.errors import DataError, LayoutError, MissingDataError
 from istanas.files import replacing_file
 
@@ -93,7 +94,7 @@ def rows_table(
         classes: N names of classes; None for a name that is not known yet.
         files: N names of files.
         samples: (N,) records, see `SAMPLE`; label and shard are not used.
-        facts: (N,) records, see `istanas.data.folders.FACTS`.
+        facts: (N,) records, see `istanas.data.survey.FACTS`.
     """
     import pyarrow as pa
 

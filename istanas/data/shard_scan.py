@@ -19,11 +19,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from istanas.data.cache import reason
-from istanas.data.folders import FACTS, TEST_SPLITS, not_a_folder
+from istanas.data.folders import TEST_SPLITS, not_a_folder
 from istanas.data.pool import Pool, Progress
 from istanas.data.reading import PICTURE_SUFFIXES, Broken, Content, inspect_content, shown, unreadable
 from istanas.data.shard_files import SAMPLE, FolderShards, Shard, excerpt_of
 from istanas.data.shard_index import rows_table, write_index
+from istanas.data.survey import FACTS
 from istanas.errors import DataError, LayoutError
 
 _FIELD = "--index"  # the option of istanas pack, which names the folder

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from istanas.data.folders import DEFAULT_IMAGE_SIZE
+from istanas.data.survey import DEFAULT_IMAGE_SIZE
 from istanas.errors import ConfigError
 from istanas.limits import MIN_IMAGE_SIZE, SMALL_SIDE
 

@@ -26,10 +26,10 @@ import torch
 from PIL import Image
 
 from istanas.data import Augmentation, FilePictures, ImageDataset, batches, load_dataset
-from istanas.data.folders import FACTS
 from istanas.data.packing import PackSettings, pack_folder
 from istanas.data.shard_files import SAMPLE, Shard, excerpt_of
 from istanas.data.shard_index import rows_table, write_index
+from istanas.data.survey import FACTS
 from tests.benchmarks.harness import Row, compare
 
 PICTURES, ROUNDS, EPOCHS = 80, 3, 3
