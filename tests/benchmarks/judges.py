@@ -43,7 +43,9 @@ JUDGES: dict[str, tuple[str, ...]] = {
     "16px-12": (*FEW, *SMALL, *SHALLOW, "search.stages=[[1,12]]"),
     "16px-20k-6": (*MANY, *SMALL, *SHALLOW, "search.stages=[[1,6]]"),
     "32px-8": (*FEW, *SHALLOW, "search.stages=[[1,8]]"),
-    "32px-8layers-3": (*FEW, "search.layers=8", "search.stages=[[1,3]]"),  # two cells per stage
+    # Two cells per stage.
+    "32px-8layers-3": (*FEW, "search.layers=8", "search.stages=[[1,3]]"),
+    "32px-8layers-8": (*FEW, "search.layers=8", "search.stages=[[1,8]]"),
     # Three and five cells per stage, with a quarter of the pixels.
     "16px-11layers-8": (*FEW, *SMALL, "search.layers=11", "search.stages=[[1,8]]"),
     "16px-17layers-5": (*FEW, *SMALL, "search.layers=17", "search.stages=[[1,5]]"),
